@@ -1,0 +1,211 @@
+"""The specification of HATA's decode step, in plain PyTorch: one short function a step.
+
+    hash     x            -> codes        sign bits of an integer projection            (paper, Alg. 2)
+    score    codes        -> distances    Hamming, summed over the query heads of a GQA group   (Alg. 3)
+    rank     distances    -> ranks        sinks and recent tokens before all others
+    select   ranks        -> positions    the k lowest ranks, ties by position
+    attend   positions    -> output       softmax attention over those tokens alone
+
+Every Triton kernel of this package is tested against the function of its step, bit for bit where the result
+is an integer, and a machine without a GPU serves with these functions themselves.
+
+Notation of shapes: B requests, N tokens, L context length, S slots of the KV pool, Hq query heads, H KV heads,
+G = Hq / H query heads a group, D head dimension, W = bits / 32 words of a code.
+
+Source: Gong et al., "HATA", Findings of ACL 2025. Keys and queries are hashed after RoPE.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+WORD_BITS = 32
+# A row is scaled by a power of two so that its largest magnitude lies in [2^13, 2^14), then rounded.
+ROW_EXPONENT = 13
+# Float32's biased exponent, kept in the range in which the scaling factor is itself a normal float32.
+MIN_BIASED_EXPONENT = 13
+MAX_BIASED_EXPONENT = 254
+
+IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens a KV head attends to at a context length.
+
+    Args:
+        tokens: a fixed number of tokens; 0 when the budget is a share.
+        share_ppm: a share of the context, in parts per million; 0 when the budget is a number.
+        floor: never fewer than this (the sinks and recent tokens, which are inside the budget).
+        min_context: contexts up to this length are attended whole.
+    """
+
+    tokens: int = 0
+    share_ppm: int = 0
+    floor: int = 1
+    min_context: int = 0
+
+    def of(self, length: IntOrTensor) -> IntOrTensor:
+        """Tokens attended of ``length`` cached tokens: int -> int, or int64 Tensor -> int64 Tensor, exactly alike."""
+        if isinstance(length, Tensor):
+            length = length.to(torch.int64)
+            share = -(-length * self.share_ppm // 1_000_000)
+            kept = torch.minimum(length, share.clamp(min=max(self.tokens, self.floor)))
+            return torch.where(length <= self.min_context, length, kept)
+        if length <= self.min_context:
+            return length
+        share = -(-length * self.share_ppm // 1_000_000)
+        return min(length, max(share, self.tokens, self.floor))
+
+    def largest(self, max_context: int) -> int:
+        """The most tokens any request of at most ``max_context`` tokens can attend to."""
+        return max(self.of(max_context), min(self.min_context, max_context))
+
+
+def integer_rows(x: Tensor) -> Tensor:
+    """Each row of ``x`` as integers of at most 15 bits with sign: int32, the shape of ``x`` [..., D].
+
+    Scaling by a power of two and rounding half to even are exact, and a sum of D <= 256 products with int8
+    stays below 2^31. So the projection of a row is one integer, whatever the device, the kernel, the batch
+    or the order of summation, and a code computed twice is the same code.
+    """
+    x = x.to(torch.float32)
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    biased = (largest.view(torch.int32) >> 23).clamp(MIN_BIASED_EXPONENT, MAX_BIASED_EXPONENT)
+    scale = ((2 * 127 + ROW_EXPONENT - biased) << 23).view(torch.float32)
+    return torch.round(x * scale).to(torch.int32)
+
+
+def hash_codes(x: Tensor, projection: Tensor) -> Tensor:
+    """Hash codes of keys or queries (paper, Alg. 2).
+
+    Args:
+        x: [N, heads, D] floating point; heads is H for keys or Hq = G * H for queries. Query head h belongs to
+            KV head h // G and is hashed with that head's projection.
+        projection: [H, D, bits] int8.
+
+    Returns:
+        [N, heads, bits / 32] int32. Bit j of a code is bit j % 32 of word j // 32, set where the projection
+        onto column j is greater than zero.
+    """
+    N, heads, D = x.shape
+    H, _, bits = projection.shape
+    # Integers below 2^53 in float64: as exact as int64, and a matrix product that every CPU has.
+    rows = integer_rows(x).to(torch.float64).view(N, H, heads // H, D)
+    projected = torch.einsum("nhgd,hdb->nhgb", rows, projection.to(torch.float64))
+    return pack_bits(projected > 0).view(N, heads, bits // WORD_BITS)
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """[..., bits] bool -> [..., bits / 32] int32, least significant bit first."""
+    words = bits.unflatten(-1, (-1, WORD_BITS)).to(torch.int64)
+    packed = (words << torch.arange(WORD_BITS, device=bits.device)).sum(-1)
+    return packed.to(torch.int32)  # int64 to int32 keeps the low 32 bits
+
+
+def popcount(x: Tensor) -> Tensor:
+    """Set bits of each int32."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return (x * 0x01010101) >> 24
+
+
+def hamming_scores(query_codes: Tensor, key_codes: Tensor) -> Tensor:
+    """Hamming distances summed over each GQA group (paper, Alg. 3); the smallest is the best.
+
+    Args:
+        query_codes: [Hq, W] int32, the codes of one request's query heads.
+        key_codes: [L, H, W] int32, the codes of its cached keys in order of position.
+
+    Returns:
+        [H, L] int32, from 0 to G * bits.
+    """
+    L, H, W = key_codes.shape
+    queries = query_codes.view(H, -1, 1, W)
+    keys = key_codes.transpose(0, 1).unsqueeze(1)
+    return popcount(queries ^ keys).sum(dim=(1, 3), dtype=torch.int32)
+
+
+def rank_scores(scores: Tensor, sink: int, recent: int) -> Tensor:
+    """Ranks to select by: 0 for tokens that are always kept, 1 + score for all others.
+
+    Args:
+        scores: [H, L] int32.
+        sink: the first ``sink`` tokens are always kept.
+        recent: so are the last ``recent``; at least 1, so that the current token always is.
+    """
+    L = scores.shape[-1]
+    position = torch.arange(L, device=scores.device)
+    kept = (position < sink) | (position >= L - max(recent, 1))
+    return torch.where(kept, 0, scores + 1)
+
+
+def select_positions(ranks: Tensor, k: int) -> Tensor:
+    """Positions of the ``k`` lowest ranks of each KV head; among equal ranks the earliest positions win.
+
+    Returns:
+        [H, min(k, L)] int64, ascending.
+    """
+    order = torch.sort(ranks, dim=-1, stable=True).indices
+    return order[..., :k].sort(dim=-1).values
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Softmax attention of one request's query heads over the tokens selected for their KV head, in float32.
+
+    Args:
+        query: [Hq, D].
+        keys, values: [H, k, D] and [H, k, Dv].
+        scale: multiplies q . k, usually D ** -0.5.
+
+    Returns:
+        [Hq, Dv], the dtype of ``query``.
+    """
+    H = keys.shape[0]
+    q = query.to(torch.float32).view(H, -1, query.shape[-1])
+    weights = torch.softmax(q @ keys.to(torch.float32).transpose(1, 2) * scale, dim=-1)
+    return (weights @ values.to(torch.float32)).reshape(query.shape[0], -1).to(query.dtype)
+
+
+def hata_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    code_cache: Tensor,
+    slots: list[Tensor],
+    projection: Tensor,
+    budget: Budget,
+    *,
+    sink: int,
+    recent: int,
+    scale: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """One decode step of one layer: all the steps above, request by request.
+
+    Args:
+        query: [B, Hq, D], after RoPE.
+        key_cache, value_cache: [S, H, D] and [S, H, Dv].
+        code_cache: [S, H, W] int32.
+        slots: for each request, the slots of its cached tokens in order of position, the current one last.
+        projection: [H, D, bits] int8.
+
+    Returns:
+        The output [B, Hq, Dv], and for each request the selected positions [H, k] int64.
+    """
+    query_codes = hash_codes(query, projection)
+    head = torch.arange(key_cache.shape[1], device=query.device).unsqueeze(1)
+    outputs, selected = [], []
+    for q, q_codes, request_slots in zip(query, query_codes, slots, strict=True):
+        scores = hamming_scores(q_codes, code_cache[request_slots])
+        positions = select_positions(
+            rank_scores(scores, sink, recent), budget.of(len(request_slots))
+        )
+        chosen = request_slots[positions]
+        outputs.append(attend(q, key_cache[chosen, head], value_cache[chosen, head], scale))
+        selected.append(positions)
+    return torch.stack(outputs), selected

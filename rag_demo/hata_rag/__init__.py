@@ -1,0 +1,1 @@
+"""Ask questions of your documents: retrieve with FAISS, answer with SGLang, cite the sources."""

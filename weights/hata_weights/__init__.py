@@ -1,0 +1,1 @@
+"""Where hash projections come from: untrained rotations, and trained weights on disk."""
