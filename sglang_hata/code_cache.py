@@ -1,0 +1,88 @@
+"""Hash codes beside the KV cache: one row a slot, written whenever the slot's key is.
+
+A code is a function of the key alone, so whoever shares a slot shares its code: a prefix in the radix cache is
+hashed once, by the request that first computed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hata_kernels.reference import hash_codes
+
+# Slot 0 takes the writes of padding rows, of several at a time and in no order: nothing ever reads it.
+PADDING_SLOT = 0
+
+
+class CodeCache:
+    """The codes of every layer that HATA serves.
+
+    Args:
+        slots: slots of the KV pool, the padding slot included.
+        projections: for each such layer, by its global number, [H, D, bits] int8 on the pool's device; H are the
+            KV heads of this rank.
+    """
+
+    def __init__(self, slots: int, projections: Mapping[int, Tensor]) -> None:
+        self.projections = dict(projections)
+        first = next(iter(self.projections.values()))
+        self.kv_heads, self.head_dim, self.bits = first.shape
+        shape = (slots, self.kv_heads, self.bits // 32)
+        # Zeros, as the KV pool's own buffers: a key of zeros has a code of zeros, so codes match keys from the start.
+        self.codes = {
+            layer: torch.zeros(shape, dtype=torch.int32, device=w.device)
+            for layer, w in self.projections.items()
+        }
+        self.first_layer = min(self.projections)
+        self.tokens_hashed = 0
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that the codes of one token take, over all layers."""
+        return code_bytes_per_token(len(self.codes), self.kv_heads, self.bits)
+
+    def size_bytes(self) -> int:
+        return sum(codes.nbytes for codes in self.codes.values())
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor) -> None:
+        """Hashes the keys of new tokens into their slots.
+
+        Args:
+            slots: [N] int.
+            keys: [N, H, D] or [N, H * D], after RoPE, before any quantisation.
+        """
+        keys = keys.view(-1, self.kv_heads, self.head_dim)
+        if keys.is_cuda:
+            from hata_kernels.encode import hash_rows
+
+            hash_rows(keys, self.projections[layer], self.codes[layer], slots)
+        else:
+            self.codes[layer][slots] = hash_codes(keys, self.projections[layer])
+        if layer == self.first_layer:
+            self.tokens_hashed += slots.numel()
+
+    def move(self, target: Tensor, source: Tensor) -> None:
+        """Copies codes from slot to slot, as the pool does with keys and values."""
+        for codes in self.codes.values():
+            codes[target] = codes[source]
+
+    def stale(self, layer: int, keys: Tensor, rows: int = 8192) -> int:
+        """How many slots of a layer hold a code that is not the hash of their key; 0 unless something is broken.
+
+        Args:
+            keys: the layer's key buffer, [slots, H, D].
+            rows: slots hashed at a time, to bound memory.
+        """
+        wrong = 0
+        for start in range(PADDING_SLOT + 1, keys.shape[0], rows):
+            fresh = hash_codes(keys[start : start + rows], self.projections[layer])
+            stored = self.codes[layer][start : start + rows]
+            wrong += int((fresh != stored).any(dim=-1).any(dim=-1).sum())
+        return wrong
+
+
+def code_bytes_per_token(layers: int, kv_heads: int, bits: int) -> int:
+    return layers * kv_heads * bits // 8

@@ -1,0 +1,53 @@
+"""SGLang on a machine without a GPU, for trying HATA and for tests. Never for serving, never where a GPU is.
+
+Two things keep SGLang from starting there: it takes its CPU path only when told so by a variable, and its kernel
+library needs a GPU driver to be imported. Its processes are spawned, so both have to come through the environment:
+`environment` is the one place that says how, and `hata-cpu` the one command that uses it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+STAND_IN = Path(__file__).parent / "site"
+DRIVER_FILES = (Path("/dev/nvidiactl"), Path("/dev/nvidia0"), Path("/dev/dxg"), Path("/dev/kfd"))
+
+# What SGLang cannot do on a plain CPU, set to what it can; a flag that the user gives wins.
+SERVER_ARGUMENTS = {
+    "--device": "cpu",
+    "--attention-backend": "torch_native",
+    "--sampling-backend": "pytorch",
+    "--grammar-backend": "none",
+    "--disable-overlap-schedule": None,
+    # The KV pool's default share of memory would take most of the machine.
+    "--max-total-tokens": "32768",
+}
+
+
+def gpu_present() -> bool:
+    """Whether this machine has a GPU driver; imports nothing and starts nothing on it."""
+    return any(path.exists() for path in DRIVER_FILES)
+
+
+def environment(base: Mapping[str, str]) -> dict[str, str]:
+    """A copy of ``base`` in which SGLang takes its CPU path and finds the stand-in for its kernel library."""
+    paths = [str(STAND_IN), *filter(None, [base.get("PYTHONPATH")])]
+    # Idle OpenMP threads sleep: spinning ones make small operations a hundred times slower on a machine with few cores
+    # and anything else to do.
+    waiting = {"OMP_WAIT_POLICY": "passive"}
+    return waiting | dict(base) | {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def server_arguments(given: list[str]) -> list[str]:
+    """``given`` preceded by what a plain CPU needs, less the flags that are given."""
+    named = {argument.split("=", 1)[0] for argument in given}
+    needed = [
+        word
+        for flag, value in SERVER_ARGUMENTS.items()
+        if flag not in named
+        for word in (flag, value)
+        if word is not None
+    ]
+    return needed + given

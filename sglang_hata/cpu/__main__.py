@@ -1,0 +1,3 @@
+from sglang_hata.cpu.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Put first on PYTHONPATH by `hata-cpu`, and by nothing else."""

@@ -1,0 +1,84 @@
+"""Which projections a server hashes with: a weights folder's, or untrained rotations; and this rank's part of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hata_weights import artifact
+from hata_weights.rotation import random_rotation
+from torch import Tensor
+
+from sglang_hata.config import HataConfig, HataError
+
+
+def bits_of(config: HataConfig) -> int:
+    """Bits of a code: the weights folder's, or ``--hata-bits``."""
+    if config.weights == "none":
+        return config.bits
+    return artifact.load_identity(Path(config.weights)).bits
+
+
+def rank_projections(
+    config: HataConfig, model: Any, rank: int, size: int, device: str
+) -> dict[int, Tensor]:
+    """The projections of one tensor-parallel rank.
+
+    Args:
+        model: SGLang's ModelConfig.
+        rank, size: of attention's tensor parallelism.
+
+    Returns:
+        For each layer that HATA serves, by its number: [H, D, bits] int8 on ``device``, H the KV heads of this rank.
+
+    Raises:
+        HataError: the weights folder does not fit the model.
+    """
+    layers, total, head_dim = model.num_hidden_layers, model.get_total_num_kv_heads(), model.head_dim
+    heads = rank_kv_heads(total, rank, size)
+    if config.weights == "none":
+        rotations = {
+            layer: torch.stack([random_rotation(layer, head, head_dim, config.bits) for head in heads])
+            for layer in range(config.dense_layers, layers)
+        }
+        return {layer: w.to(device) for layer, w in rotations.items()}
+    try:
+        check_identity(config, model)
+        _, projections = artifact.load(Path(config.weights))
+    except artifact.ArtifactError as error:
+        raise HataError(str(error)) from None
+    return {
+        layer: w[heads].to(device) for layer, w in projections.items() if layer >= config.dense_layers
+    }
+
+
+def check_identity(config: HataConfig, model: Any) -> None:
+    """Raises HataError or ArtifactError unless the weights folder was made for a model of this shape."""
+    if config.weights == "none":
+        return
+    identity = artifact.load_identity(Path(config.weights))
+    shape = {
+        "layers": model.num_hidden_layers,
+        "kv_heads": model.get_total_num_kv_heads(),
+        "head_dim": model.head_dim,
+    }
+    for name, value in shape.items():
+        if getattr(identity, name) != value:
+            raise HataError(
+                f"The hash weights in {config.weights} are for {identity.model} with {name} {getattr(identity, name)}, "
+                f"but {model.model_path} has {value}: give weights for this model, or --hata-weights none."
+            )
+    if identity.dense_layers > config.dense_layers:
+        raise HataError(
+            f"The hash weights in {config.weights} begin at layer {identity.dense_layers}: give "
+            f"--hata-dense-layers {identity.dense_layers} or more."
+        )
+
+
+def rank_kv_heads(total: int, rank: int, size: int) -> list[int]:
+    """The KV heads of a rank: a slice of them, or one that it shares with others when ranks outnumber heads."""
+    if total >= size:
+        share = total // size
+        return list(range(rank * share, (rank + 1) * share))
+    return [rank * total // size]

@@ -1,0 +1,195 @@
+"""What HATA refuses to run with, one sentence each: settings under which a decode step would be silently wrong.
+
+Each would either leave codes stale beside fresh keys, or serve dense attention under HATA's name. The checks read
+resolved settings, before any weight is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_hata.config import HataConfig, HataError
+
+# Dense attention for prefill and for the first layers: backends whose K goes through the KV pool's set_kv_buffer.
+DENSE_BACKENDS = {"cuda": ("flashinfer", "fa3", "triton"), "cpu": ("torch_native",)}
+KV_DTYPES = ("auto", "bf16", "bfloat16", "fp16", "float16", "half")
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A server setting that HATA cannot serve with.
+
+    Args:
+        setting: the name of SGLang's setting.
+        harmless: values with which HATA works; a setting that this SGLang does not have counts as harmless.
+        why: what would go wrong, and what to do, to follow "--hata cannot run with --setting value: ".
+    """
+
+    setting: str
+    harmless: tuple[Any, ...]
+    why: str
+
+
+SETTINGS = (
+    Refusal(
+        "speculative_algorithm",
+        (None, ""),
+        "its verification steps are dense, so HATA would never act; remove it.",
+    ),
+    Refusal(
+        "enable_hierarchical_cache",
+        (False, None),
+        "keys that return from the host would come without their codes; remove it.",
+    ),
+    Refusal(
+        "enable_hisparse", (False, None), "it selects tokens itself; use one of the two."
+    ),
+    Refusal(
+        "enable_lmcache",
+        (False, None),
+        "keys loaded from it would come without their codes; remove it.",
+    ),
+    Refusal(
+        "enable_flexkv",
+        (False, None),
+        "keys loaded from it would come without their codes; remove it.",
+    ),
+    Refusal(
+        "enable_unified_cache_external_linker",
+        (False, None),
+        "keys loaded from it would come without their codes; remove it.",
+    ),
+    Refusal(
+        "disaggregation_mode",
+        (None, "null"),
+        "keys sent between prefill and decode servers would come without their codes; serve both on one.",
+    ),
+    Refusal("kv_cache_dtype", KV_DTYPES, "keys must be 16-bit; use auto, bf16 or fp16."),
+    Refusal(
+        "prefill_only_disable_kv_cache", (False, None), "there is no KV cache to select from; remove it."
+    ),
+    Refusal(
+        "enable_page_major_kv_layout", (False, None), "codes follow the slot-major layout; remove it."
+    ),
+    Refusal("enable_unified_memory", (False, None), "codes follow SGLang's plain KV pool; remove it."),
+    Refusal("enable_kv_cache_sharding", (False, None), "codes follow SGLang's plain KV pool; remove it."),
+    Refusal("dcp_size", (None, 1), "a request's tokens would be spread over GPUs; use --tp-size."),
+    Refusal("attn_cp_size", (None, 1), "a request's tokens would be spread over GPUs; use --tp-size."),
+    Refusal("enable_prefill_cp", (False, None), "its key writes bypass the codes; remove it."),
+    Refusal(
+        "pp_size", (None, 1), "pipeline stages have not been tested with HATA; use --tp-size instead."
+    ),
+    Refusal("enable_dp_attention", (False, None), "it has not been tested with HATA; use --dp-size."),
+    Refusal("enable_two_batch_overlap", (False, None), "it splits the decode batch; remove it."),
+    Refusal("enable_pdmux", (False, None), "it runs prefill beside decode on one pool; remove it."),
+    Refusal("enable_nvidia_megakernel", (False, None), "it replaces the decode step; remove it."),
+    Refusal("enable_amd_monokernel", (False, None), "it replaces the decode step; remove it."),
+    Refusal("enable_torch_compile", (False, None), "it has not been tested with HATA; remove it."),
+    Refusal(
+        "enable_deterministic_inference",
+        (False, None),
+        "the sparse decode splits its work by batch; remove it.",
+    ),
+    Refusal("dllm_algorithm", (None, ""), "diffusion models do not decode token by token; remove it."),
+    Refusal("is_embedding", (False, None), "an embedding server never decodes; remove --hata."),
+)
+
+ENVIRONMENT = (
+    ("SGLANG_USE_HND_KVCACHE", "codes follow the NHD layout of the KV pool"),
+    ("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "the KV pool would be resized after its codes were allocated"),
+)
+
+
+def check_settings(settings: Any) -> None:
+    """Raises HataError for the first setting (attributes of ``settings``) or variable that HATA cannot run with."""
+    for refusal in SETTINGS:
+        value = getattr(settings, refusal.setting, refusal.harmless[0])
+        if value not in refusal.harmless:
+            shown = "" if value is True else f" {value}"
+            raise HataError(
+                f"--hata cannot run with --{refusal.setting.replace('_', '-')}{shown}: {refusal.why}"
+            )
+    for variable, why in ENVIRONMENT:
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise HataError(f"--hata cannot run with {variable}={os.environ[variable]}: {why}; unset it.")
+    check_device(settings)
+
+
+def check_device(settings: Any) -> None:
+    """Raises HataError unless the device and its dense attention backend are ones that HATA was tested with."""
+    device = settings.device
+    if device not in DENSE_BACKENDS:
+        raise HataError(f"--hata cannot run on --device {device}: it runs on cuda, and on cpu for trying it out.")
+    dense = settings.prefill_attention_backend or settings.attention_backend
+    if dense not in DENSE_BACKENDS[device]:
+        allowed = " or ".join(DENSE_BACKENDS[device])
+        raise HataError(
+            f"--hata cannot run with --attention-backend {dense} on {device}: use {allowed}, which prefill and the "
+            "dense layers then run on."
+        )
+
+
+def check_model(model: Any, config: HataConfig) -> None:
+    """Raises HataError for a model that HATA cannot serve; ``model`` is SGLang's ModelConfig."""
+    for applies, sentence in _model_refusals():
+        if applies(model):
+            raise HataError(f"--hata cannot serve {model.model_path}: {sentence}")
+    if config.dense_layers >= model.num_hidden_layers:
+        raise HataError(
+            f"--hata-dense-layers {config.dense_layers} leaves nothing to HATA, as the model has "
+            f"{model.num_hidden_layers} layers: give a smaller number, or remove --hata."
+        )
+    longest = model.context_len
+    if config.min_context >= longest:
+        raise HataError(
+            f"--hata-min-context {config.min_context} leaves nothing to HATA, as the model's context ends at "
+            f"{longest} tokens: give a smaller number, or remove --hata."
+        )
+
+
+def _model_refusals() -> Iterator[tuple[Callable[[Any], bool], str]]:
+    yield (
+        lambda m: m.attention_arch.name == "MLA",
+        "its attention is MLA, which caches one latent a token and no keys by head; HATA needs MHA or GQA.",
+    )
+    yield (
+        lambda m: bool(m.is_encoder_decoder),
+        "it is an encoder-decoder model; HATA needs a decoder.",
+    )
+    yield (
+        lambda m: not m.is_generation,
+        "it does not generate text; HATA needs a decoder.",
+    )
+    yield (
+        lambda m: bool(m.is_hybrid_swa) or bool(m.sliding_window_size) or bool(m.attention_chunk_size),
+        "some of its layers attend to a sliding window; HATA needs full attention in every layer.",
+    )
+    yield (
+        _has_linear_layers,
+        "some of its layers are linear attention or state space; HATA needs attention in every layer.",
+    )
+    yield (
+        lambda m: bool(m.has_attention_sinks),
+        "it has learned attention sinks; the sparse decode has none.",
+    )
+    yield (
+        lambda m: bool(getattr(m.hf_text_config, "attn_logit_softcapping", None)),
+        "it caps attention logits; the sparse decode does not.",
+    )
+    yield (
+        lambda m: m.head_dim != m.v_head_dim or m.head_dim > MAX_HEAD_DIM,
+        f"its heads are not of one size of at most {MAX_HEAD_DIM}.",
+    )
+
+
+def _has_linear_layers(model: Any) -> bool:
+    kinds = getattr(model.hf_text_config, "layer_types", None) or ()
+    if any(kind != "full_attention" for kind in kinds):
+        return True
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+
+    return mambaish_config(model) is not None

@@ -1,0 +1,208 @@
+"""The specification against brute force: Python integers, fractions and sorted tuples."""
+
+from __future__ import annotations
+
+import math
+import struct
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hata_kernels.reference import (
+    Budget,
+    attend,
+    hamming_scores,
+    hash_codes,
+    hata_decode,
+    integer_rows,
+    pack_bits,
+    popcount,
+    rank_scores,
+    select_positions,
+)
+
+settings.register_profile("ops", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("ops")
+
+INT32 = st.integers(-(2**31), 2**31 - 1)
+LENGTHS = st.integers(1, 2**31)
+BUDGETS = st.builds(
+    Budget,
+    tokens=st.integers(0, 5000),
+    share_ppm=st.integers(0, 1_000_000),
+    floor=st.integers(1, 300),
+    min_context=st.integers(0, 20_000),
+)
+
+
+def integers_of(row: list[float]) -> list[int]:
+    """`integer_rows` of one row in exact arithmetic."""
+    largest = max(abs(value) for value in row)
+    biased = struct.unpack("<I", struct.pack("<f", largest))[0] >> 23
+    scale = Fraction(2) ** (140 - min(max(biased, 13), 254))
+    return [round(Fraction(value) * scale) for value in row]
+
+
+def code_of(row: list[float], columns: list[list[int]]) -> list[int]:
+    """Words of the hash code of one row, as signed 32-bit integers."""
+    integers = integers_of(row)
+    bits = [int(sum(a * b for a, b in zip(integers, column, strict=True)) > 0) for column in columns]
+    words = [sum(bit << i for i, bit in enumerate(bits[w : w + 32])) for w in range(0, len(bits), 32)]
+    return [word - 2**32 if word >= 2**31 else word for word in words]
+
+
+def floats(width: int = 32) -> st.SearchStrategy[float]:
+    return st.floats(allow_nan=False, allow_infinity=False, width=width)
+
+
+@given(st.integers(1, 5).flatmap(lambda d: st.lists(floats(), min_size=d, max_size=d)))
+def test_integer_rows_are_scaled_and_rounded_exactly(row: list[float]) -> None:
+    assert integer_rows(torch.tensor([row])).tolist() == [integers_of(row)]
+
+
+@given(st.lists(floats(), min_size=1, max_size=9))
+def test_integer_rows_fit_fifteen_bits_and_sign(row: list[float]) -> None:
+    rows = integer_rows(torch.tensor(row))
+    assert int(rows.abs().max()) <= 2**14
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "head_dim", "bits"), [(1, 3, 5, 32), (2, 1, 64, 64), (3, 2, 7, 96)]
+)
+def test_hash_bits_equal_python_integers(
+    kv_heads: int, group: int, head_dim: int, bits: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(kv_heads)
+    x = torch.randn(4, kv_heads * group, head_dim, generator=generator)
+    x = (x * torch.tensor([1e-4, 1.0, 30.0, 0.0]).view(4, 1, 1)).to(dtype)
+    projection = torch.randint(-128, 128, (kv_heads, head_dim, bits), generator=generator, dtype=torch.int8)
+    codes = hash_codes(x, projection)
+    for n in range(4):
+        for head in range(kv_heads * group):
+            columns = projection[head // group].T.tolist()
+            assert codes[n, head].tolist() == code_of(x[n, head].float().tolist(), columns)
+
+
+def test_zero_rows_have_zero_codes() -> None:
+    projection = torch.full((2, 8, 64), -128, dtype=torch.int8)
+    assert hash_codes(torch.zeros(3, 4, 8), projection).eq(0).all()
+
+
+@given(st.integers(-80, 80), st.integers(0, 2**32 - 1))
+def test_hash_ignores_powers_of_two(exponent: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 3, 9, generator=generator)
+    projection = torch.randint(-128, 128, (3, 9, 64), generator=generator, dtype=torch.int8)
+    assert torch.equal(
+        hash_codes(x, projection), hash_codes(torch.ldexp(x, torch.tensor(exponent)), projection)
+    )
+
+
+@given(st.lists(INT32, min_size=1, max_size=20))
+def test_popcount_counts_bits(words: list[int]) -> None:
+    expected = [bin(word & 0xFFFFFFFF).count("1") for word in words]
+    assert popcount(torch.tensor(words, dtype=torch.int32)).tolist() == expected
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=64, max_size=64), min_size=1, max_size=3))
+def test_bits_are_packed_least_significant_first(rows: list[list[bool]]) -> None:
+    words = pack_bits(torch.tensor(rows)).tolist()
+    for row, packed in zip(rows, words, strict=True):
+        unpacked = [bool((word >> i) & 1) for word in packed for i in range(32)]
+        assert unpacked == row
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 9), st.data())
+def test_scores_are_summed_hamming_distances(H: int, G: int, W: int, L: int, data: st.DataObject) -> None:
+    word = st.lists(INT32, min_size=W, max_size=W)
+    queries = data.draw(st.lists(word, min_size=G * H, max_size=G * H))
+    keys = data.draw(st.lists(st.lists(word, min_size=H, max_size=H), min_size=L, max_size=L))
+    scores = hamming_scores(torch.tensor(queries, dtype=torch.int32), torch.tensor(keys, dtype=torch.int32))
+    for h in range(H):
+        for position in range(L):
+            pairs = (
+                (query[w], keys[position][h][w]) for query in queries[h * G : (h + 1) * G] for w in range(W)
+            )
+            expected = sum(bin((a ^ b) & 0xFFFFFFFF).count("1") for a, b in pairs)
+            assert scores[h, position] == expected
+
+
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=30),
+    st.integers(0, 9),
+    st.integers(0, 9),
+    st.integers(1, 35),
+)
+def test_selection_equals_sorted_tuples(scores: list[int], sink: int, recent: int, k: int) -> None:
+    """Few distinct scores, so most of them tie; sinks and recent tokens overlap each other and the whole."""
+    L = len(scores)
+    ranks = rank_scores(torch.tensor([scores], dtype=torch.int32), sink, recent)
+    always = {p for p in range(L) if p < sink or p >= L - max(recent, 1)}
+    expected = [0 if p in always else 1 + score for p, score in enumerate(scores)]
+    assert ranks.tolist() == [expected]
+    chosen = sorted(p for _, p in sorted((rank, p) for p, rank in enumerate(expected))[:k])
+    assert select_positions(ranks, k).tolist() == [chosen]
+    if k >= len(always):
+        assert always <= set(chosen)
+
+
+def test_equal_scores_keep_the_earliest() -> None:
+    ranks = rank_scores(torch.full((2, 10), 7, dtype=torch.int32), sink=1, recent=2)
+    assert select_positions(ranks, 5).tolist() == [[0, 1, 2, 8, 9]] * 2
+    assert select_positions(ranks, 1).tolist() == [[0]] * 2
+    assert select_positions(ranks, 10).tolist() == [list(range(10))] * 2
+
+
+@given(BUDGETS, st.lists(LENGTHS, min_size=1, max_size=8))
+def test_budget_is_the_same_on_host_and_device(budget: Budget, lengths: list[int]) -> None:
+    on_host = [budget.of(length) for length in lengths]
+    assert budget.of(torch.tensor(lengths)).tolist() == on_host
+    assert budget.of(torch.tensor([min(n, 2**31 - 1) for n in lengths], dtype=torch.int32)).tolist() == [
+        budget.of(min(n, 2**31 - 1)) for n in lengths
+    ]
+    assert all(1 <= kept <= length for kept, length in zip(on_host, lengths, strict=True))
+
+
+@given(BUDGETS, st.integers(1, 40_000), st.data())
+def test_budget_never_exceeds_its_largest(budget: Budget, max_context: int, data: st.DataObject) -> None:
+    length = data.draw(st.integers(1, max_context))
+    assert budget.of(length) <= budget.largest(max_context)
+
+
+def test_attention_equals_sums_in_python() -> None:
+    generator = torch.Generator().manual_seed(0)
+    H, G, D, k = 2, 3, 5, 4
+    query, keys, values = (
+        torch.randn(shape, generator=generator, dtype=torch.float32)
+        for shape in ((H * G, D), (H, k, D), (H, k, 3))
+    )
+    output = attend(query, keys, values, scale=0.3)
+    for head in range(H * G):
+        h = head // G
+        logits = [0.3 * float(query[head].double() @ keys[h, i].double()) for i in range(k)]
+        weights = [math.exp(logit) for logit in logits]
+        for d in range(3):
+            expected = sum(w * float(values[h, i, d]) for i, w in enumerate(weights)) / sum(weights)
+            assert float(output[head, d]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_whole_step_with_a_full_budget_is_dense_attention() -> None:
+    generator = torch.Generator().manual_seed(1)
+    B, H, G, D, S = 2, 2, 2, 8, 20
+    q = torch.randn(B, H * G, D, generator=generator)
+    k_cache, v_cache = (torch.randn(S, H, D, generator=generator) for _ in range(2))
+    projection = torch.randint(-128, 128, (H, D, 64), generator=generator, dtype=torch.int8)
+    slots = [torch.tensor([3, 1, 7]), torch.tensor([3, 1, 9, 4, 0])]
+    codes = hash_codes(k_cache, projection)
+    step = {"sink": 1, "recent": 1, "scale": 0.5}
+    output, selected = hata_decode(q, k_cache, v_cache, codes, slots, projection, Budget(tokens=100), **step)
+    for b, request in enumerate(slots):
+        keys, values = k_cache[request].transpose(0, 1), v_cache[request].transpose(0, 1)
+        torch.testing.assert_close(output[b], attend(q[b], keys, values, 0.5))
+        assert selected[b].tolist() == [list(range(len(request)))] * H
+    _, selected = hata_decode(q, k_cache, v_cache, codes, slots, projection, Budget(tokens=2), **step)
+    assert [positions.tolist() for positions in selected] == [[[0, 2]] * H, [[0, 4]] * H]

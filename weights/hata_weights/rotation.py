@@ -1,0 +1,30 @@
+"""Untrained projections: a random rotation for every layer and KV head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SEED = 0x48415441
+
+
+def random_rotation(layer: int, kv_head: int, head_dim: int, bits: int) -> Tensor:
+    """The untrained projection of one KV head: [head_dim, bits] int8, the same in every process.
+
+    Columns come from orthogonal matrices, as many as it takes, so that no two bits of one matrix ask the same
+    question; each column is scaled to use the range of int8, which no sign depends on.
+    """
+    generator = torch.Generator().manual_seed(SEED + (layer << 16) + kv_head)
+    rotations = []
+    for _ in range(-(-bits // head_dim)):
+        gaussian = torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64)
+        q, r = torch.linalg.qr(gaussian)
+        rotations.append(q * r.diagonal().sign())  # the sign makes the rotation uniform (Haar)
+    columns = torch.cat(rotations, dim=1)[:, :bits]
+    return to_int8(columns)
+
+
+def to_int8(columns: Tensor) -> Tensor:
+    """Rounds float columns [..., head_dim, bits] to int8, each scaled to a largest magnitude of 127."""
+    largest = columns.abs().amax(dim=-2, keepdim=True).clamp(min=torch.finfo(columns.dtype).tiny)
+    return torch.round(columns * (127 / largest)).to(torch.int8)
