@@ -11,9 +11,13 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hata_kernels.reference import hash_codes, hata_decode
+import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
+from hata_kernels.attend import SparseDecode
+from hata_kernels.decode import select_tokens
+from hata_kernels.reference import hash_codes, hata_decode
+from hata_kernels.workspace import DecodeWorkspace
 from sglang_hata import compat
 from sglang_hata.config import HataError
 from sglang_hata.verify import wrong_selections
@@ -29,9 +33,15 @@ logger = logging.getLogger(__name__)
 class SparseDecoder(Protocol):
     """How a layer's sparse decode is computed: by the specification on a CPU, by kernels on a GPU."""
 
-    def decode(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, batch: ForwardBatch
-    ) -> Tensor:
+    def plan(self, step: Step, in_graph: bool) -> None:
+        """Once a step, before its first layer, on the host."""
+        ...
+
+    def keep_on_device(self, batch: ForwardBatch) -> None:
+        """Once a step, before its first layer, on the device."""
+        ...
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, batch: ForwardBatch) -> Tensor:
         """Stores k and v with their codes, then attends: q [B, Hq, D] -> [B, Hq, Dv]."""
         ...
 
@@ -41,16 +51,18 @@ class Step:
     """What a decode step knows before its first layer.
 
     Args:
-        lengths: context length of each request, the current token included.
+        lengths: context length of each row of the batch, the current token included; 1 for a padding row.
         kept: tokens that each KV head attends to.
+        captured: the step is being recorded into a CUDA graph, which will serve all lengths.
     """
 
     lengths: list[int]
     kept: list[int]
+    captured: bool = False
 
     @property
     def is_dense(self) -> bool:
-        return self.lengths == self.kept
+        return self.lengths == self.kept and not self.captured
 
 
 class HataBackend(AttentionBackend):
@@ -78,7 +90,7 @@ class HataBackend(AttentionBackend):
         self.slot_table = runner.req_to_token_pool.req_to_token
         self.dense = compat.dense_backend(runner)
         self.layers = self.pool.layer_num
-        self.sparse: SparseDecoder = SpecifiedDecoder(self)
+        self.sparse: SparseDecoder = KernelDecoder(self, runner) if self.slot_table.is_cuda else SpecifiedDecoder(self)
         self.step = Step([], [])
         if compat.tensor_parallel()[0] == 0:
             logger.info("%s", self.describe())
@@ -99,16 +111,60 @@ class HataBackend(AttentionBackend):
     # --- Once a step ---------------------------------------------------------------------------------------------
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Without CUDA graphs."""
         self.dense.init_forward_metadata(forward_batch)
         if forward_batch.forward_mode.is_decode():
             self._plan(forward_batch)
+            self.sparse.keep_on_device(forward_batch)
 
-    def _plan(self, batch: ForwardBatch) -> None:
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        """Before a CUDA graph is captured, and before each replay."""
+        self.dense.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+        if forward_batch.forward_mode.is_decode():
+            self._plan(forward_batch, in_capture, in_graph=True)
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        """On the device, inside the graph if there is one."""
+        self.dense.init_forward_metadata_in_graph(forward_batch)
+        if forward_batch.forward_mode.is_decode():
+            self.sparse.keep_on_device(forward_batch)
+
+    def _plan(self, batch: ForwardBatch, captured: bool = False, in_graph: bool = False) -> None:
         lengths = batch.seq_lens_cpu[: batch.batch_size].tolist()
-        self.step = Step(lengths, [self.budget.of(length) for length in lengths])
+        self.step = Step(lengths, [self.budget.of(length) for length in lengths], captured)
+        selects = self.selects or in_graph
+        if selects:
+            self.sparse.plan(self.step, in_graph)
+        if not captured:
+            self._count(selects)
+
+    @property
+    def selects(self) -> bool:
+        """Whether this step selects tokens. Under --hata-verify all do, also those that keep every token."""
+        return self.config.verify or not self.step.is_dense
+
+    def _count(self, selects: bool) -> None:
+        rows = [row for row in zip(self.step.lengths, self.step.kept, strict=True) if row[0] > 1]
         self.state.count_step(
-            lengths, self.step.kept, self.layers, self.layers - len(self.codes.codes), self.codes.kv_heads
+            [length for length, _ in rows],
+            [kept for _, kept in rows],
+            self.layers,
+            self.layers - len(self.codes.codes),
+            self.codes.kv_heads,
         )
+        if selects and isinstance(self.sparse, KernelDecoder):
+            self.codes.tokens_hashed += len(rows)  # its kernels write codes without passing by the code cache
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        self.dense.init_cuda_graph_state(max_bs, max_num_tokens)
+        assert isinstance(self.sparse, KernelDecoder)
+        self.sparse.reserve_for_graphs(max_bs)
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    def on_after_cuda_graph_warmup(self) -> None:
+        self.dense.on_after_cuda_graph_warmup()
 
     # --- Once a layer --------------------------------------------------------------------------------------------
 
@@ -122,7 +178,7 @@ class HataBackend(AttentionBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> Tensor:
-        if layer.layer_id not in self.codes.codes or self.step.is_dense:
+        if layer.layer_id not in self.codes.codes or not self.selects:
             return self.dense.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         if not save_kv_cache or layer.is_cross_attention or layer.logit_cap:
             raise NotImplementedError(
@@ -131,6 +187,19 @@ class HataBackend(AttentionBackend):
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = self.sparse.decode(q, k, v, layer, forward_batch)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    def slots_of(self, batch: ForwardBatch) -> list[Tensor]:
+        """The slots of each request's cached tokens, in order of position."""
+        rows = zip(batch.req_pool_indices.tolist(), self.step.lengths, strict=True)
+        return [self.slot_table[row, :length].long() for row, length in rows]
+
+    def check_selections(self, layer: int, query_codes: Tensor, slots: list[Tensor], selected: list[Tensor]) -> None:
+        """For --hata-verify: compares a layer's selections with the oracle, and counts."""
+        codes, config = self.codes.codes[layer], self.config
+        self.state.selections_checked += len(slots) * self.codes.kv_heads
+        self.state.selections_wrong += wrong_selections(
+            query_codes, codes, slots, selected, self.step.kept, config.sink, config.recent
+        )
 
     def forward_extend(self, *args: Any, **kwargs: Any) -> Tensor:
         """Never reached: SGLang gives prefill to its own backend."""
@@ -146,22 +215,22 @@ class SpecifiedDecoder:
     def __init__(self, backend: HataBackend) -> None:
         self.backend = backend
 
-    def decode(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, batch: ForwardBatch
-    ) -> Tensor:
-        backend, config = self.backend, self.backend.config
+    def plan(self, step: Step, in_graph: bool) -> None:
+        """The host knows all there is to know."""
+
+    def keep_on_device(self, batch: ForwardBatch) -> None:
+        """The host is the device."""
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, batch: ForwardBatch) -> Tensor:
+        backend, config, codes = self.backend, self.backend.config, self.backend.codes
         backend.pool.set_kv_buffer(layer, batch.out_cache_loc, k, v)
-        slots = [
-            backend.slot_table[row, :length].long()
-            for row, length in zip(batch.req_pool_indices.tolist(), backend.step.lengths, strict=True)
-        ]
-        projection = backend.codes.projections[layer.layer_id]
-        codes = backend.codes.codes[layer.layer_id]
+        slots = backend.slots_of(batch)
+        projection = codes.projections[layer.layer_id]
         out, selected = hata_decode(
             q,
             backend.pool.get_key_buffer(layer.layer_id),
             backend.pool.get_value_buffer(layer.layer_id),
-            codes,
+            codes.codes[layer.layer_id],
             slots,
             projection,
             backend.budget,
@@ -170,8 +239,108 @@ class SpecifiedDecoder:
             scale=layer.scaling,
         )
         if config.verify:
-            backend.state.selections_checked += len(slots) * codes.shape[1]
-            backend.state.selections_wrong += wrong_selections(
-                hash_codes(q, projection), codes, slots, selected, backend.step.kept, config.sink, config.recent
-            )
+            backend.check_selections(layer.layer_id, hash_codes(q, projection), slots, selected)
         return out
+
+
+class KernelDecoder:
+    """The decode step by Triton kernels and FlashInfer, with no word between host and GPU from layer to layer.
+
+    With CUDA graphs every buffer is as large as the largest captured batch and the longest context can make it, and
+    stays where it is. Without them buffers grow with the batches that come.
+    """
+
+    attention: SparseDecode  # the one that this step was planned on
+    kept: Tensor  # [B] int64 on the device: tokens that each request attends to
+
+    def __init__(self, backend: HataBackend, runner: Any) -> None:
+        self.backend = backend
+        self.q_heads = runner.model_config.num_attention_heads // compat.tensor_parallel()[1]
+        self.dtype = runner.dtype
+        self.max_context = backend.slot_table.shape[1]
+        self.graphs: SparseDecode | None = None
+        self.eager: SparseDecode | None = None
+
+    def reserve_for_graphs(self, max_batch: int) -> None:
+        """Allocates, once, what the captured graphs will point to."""
+        self.graphs = self._attention(max_batch, self.max_context, use_cuda_graph=True)
+        megabytes = self.graphs.workspace.nbytes() / 2**20
+        logger.info("HATA reserves %.0f MiB for CUDA graphs of up to %d requests.", megabytes, max_batch)
+
+    def plan(self, step: Step, in_graph: bool) -> None:
+        attention = self.graphs if in_graph else self._eager_for(step)
+        assert attention is not None, "a graph is planned before reserve_for_graphs"
+        attention.plan(step.kept)
+        self.attention = attention
+
+    def keep_on_device(self, batch: ForwardBatch) -> None:
+        """How many tokens each request keeps, from the lengths that are on the device; recorded into graphs."""
+        self.kept = self.backend.budget.of(batch.seq_lens[: batch.batch_size])
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, batch: ForwardBatch) -> Tensor:
+        backend, config, codes = self.backend, self.backend.config, self.backend.codes
+        slots = batch.out_cache_loc
+        backend.pool.set_kv_without_codes(layer, slots, k, v)
+        select_tokens(
+            q,
+            k.view(-1, codes.kv_heads, codes.head_dim),
+            codes.codes[layer.layer_id],
+            codes.projections[layer.layer_id],
+            backend.slot_table,
+            batch.req_pool_indices,
+            batch.seq_lens,
+            self.kept,
+            slots,
+            self.attention.workspace,
+            sink=config.sink,
+            recent=config.recent,
+        )
+        if config.verify:
+            self._verify(layer.layer_id, batch)
+        return self.attention.run(
+            q,
+            backend.pool.get_key_buffer(layer.layer_id),
+            backend.pool.get_value_buffer(layer.layer_id),
+            layer.scaling,
+        )
+
+    def _eager_for(self, step: Step) -> SparseDecode:
+        batch, longest = len(step.lengths), max(step.lengths)
+        if self.eager is not None:
+            room = self.eager.workspace
+            if room.max_batch >= batch and room.max_context >= longest:
+                return self.eager
+            batch, longest = max(batch, room.max_batch), max(longest, room.max_context)
+            self.eager = None  # frees its buffers before the larger ones are taken
+        doubled = min(1 << (longest - 1).bit_length(), self.max_context)
+        self.eager = self._attention(1 << (batch - 1).bit_length(), doubled, use_cuda_graph=False)
+        return self.eager
+
+    def _attention(self, max_batch: int, max_context: int, use_cuda_graph: bool) -> SparseDecode:
+        codes = self.backend.codes
+        workspace = DecodeWorkspace.allocate(
+            max_batch=max_batch,
+            q_heads=self.q_heads,
+            kv_heads=codes.kv_heads,
+            bits=codes.bits,
+            max_context=max_context,
+            max_kept=self.backend.budget.largest(max_context),
+            device=self.backend.slot_table.device,
+        )
+        return SparseDecode(workspace, head_dim=codes.head_dim, dtype=self.dtype, use_cuda_graph=use_cuda_graph)
+
+    def _verify(self, layer: int, batch: ForwardBatch) -> None:
+        """Compares what the kernels selected with the oracle, on the host."""
+        backend, workspace = self.backend, self.attention.workspace
+        step, H = backend.step, backend.codes.kv_heads
+        slots = backend.slots_of(batch)
+        rows = workspace.indices.split([kept for kept in step.kept for _ in range(H)] + [-1])
+        backend.check_selections(
+            layer,
+            workspace.q_codes[: len(slots)],
+            slots,
+            [
+                torch.stack([torch.isin(request_slots, rows[b * H + h] // H).nonzero().squeeze(1) for h in range(H)])
+                for b, request_slots in enumerate(slots)
+            ],
+        )

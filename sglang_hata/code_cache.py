@@ -33,8 +33,7 @@ class CodeCache:
         shape = (slots, self.kv_heads, self.bits // 32)
         # Zeros, as the KV pool's own buffers: a key of zeros has a code of zeros, so codes match keys from the start.
         self.codes = {
-            layer: torch.zeros(shape, dtype=torch.int32, device=w.device)
-            for layer, w in self.projections.items()
+            layer: torch.zeros(shape, dtype=torch.int32, device=w.device) for layer, w in self.projections.items()
         }
         self.first_layer = min(self.projections)
         self.tokens_hashed = 0

@@ -74,7 +74,7 @@ def register() -> None:
 
 
 def refuse_flags(reason: str) -> None:
-    """After a failed registration: keeps the flags, so that `--hata` is answered with the reason, not with argparse's."""
+    """After a failed registration: keeps the flags, so that `--hata` is answered with the reason."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     def refuse(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
@@ -177,8 +177,8 @@ def _check_server_args(_result: None, args: Any) -> None:
 
     try:
         settings, model = _resolved(args)
-        check_settings(settings)
-        check_model(model, config)
+        check_settings(settings, config)
+        check_model(model, config, settings.device)
         check_identity(config, model)
     except HataError as error:
         if getattr(args, STAMP)["command_line"]:
@@ -269,9 +269,7 @@ def _pool_with_codes() -> type:
 
         codes: CodeCache
 
-        def __init__(
-            self, *args: Any, config: HataConfig, projections: Mapping[int, Any], **kwargs: Any
-        ) -> None:
+        def __init__(self, *args: Any, config: HataConfig, projections: Mapping[int, Any], **kwargs: Any) -> None:
             self.state = ServingState(config)
             self._projections = projections
             super().__init__(*args, **kwargs)

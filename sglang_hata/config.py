@@ -106,7 +106,7 @@ class HataConfig:
     verify: bool = False
 
     def __post_init__(self) -> None:
-        tokens, share_ppm = parse_budget(self.budget)
+        tokens, _ = parse_budget(self.budget)
         if self.bits not in BITS_ALLOWED:
             raise HataError(f"--hata-bits {self.bits} is not a code length: choose 128 or 256.")
         for name in ("dense_layers", "sink", "recent", "min_context"):
@@ -136,9 +136,7 @@ class HataConfig:
         from hata_kernels.reference import Budget
 
         tokens, share_ppm = parse_budget(self.budget)
-        return Budget(
-            tokens=tokens, share_ppm=share_ppm, floor=self.floor, min_context=self.min_context
-        )
+        return Budget(tokens=tokens, share_ppm=share_ppm, floor=self.floor, min_context=self.min_context)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: what travels to SGLang's processes and what /server_info shows."""
@@ -151,11 +149,8 @@ class HataConfig:
         Raises:
             HataError: a value that is not allowed, or a HATA setting without ``hata`` itself.
         """
-        given = {
-            flag.name: options[flag.name]
-            for flag in FLAGS
-            if options.get(flag.name) not in (None, False)
-        }
+        asked = {flag.name: options.get(flag.name) for flag in FLAGS}
+        given = {name: value for name, value in asked.items() if value is not None and value is not False}
         if not given.pop("hata", False):
             if given:
                 option = next(flag.option for flag in FLAGS if flag.name in given)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hata_weights import artifact
-from hata_weights.rotation import random_rotation
 from torch import Tensor
 
+from hata_weights import artifact
+from hata_weights.rotation import random_rotation
 from sglang_hata.config import HataConfig, HataError
 
 
@@ -20,9 +20,7 @@ def bits_of(config: HataConfig) -> int:
     return artifact.load_identity(Path(config.weights)).bits
 
 
-def rank_projections(
-    config: HataConfig, model: Any, rank: int, size: int, device: str
-) -> dict[int, Tensor]:
+def rank_projections(config: HataConfig, model: Any, rank: int, size: int, device: str) -> dict[int, Tensor]:
     """The projections of one tensor-parallel rank.
 
     Args:
@@ -48,9 +46,7 @@ def rank_projections(
         _, projections = artifact.load(Path(config.weights))
     except artifact.ArtifactError as error:
         raise HataError(str(error)) from None
-    return {
-        layer: w[heads].to(device) for layer, w in projections.items() if layer >= config.dense_layers
-    }
+    return {layer: w[heads].to(device) for layer, w in projections.items() if layer >= config.dense_layers}
 
 
 def check_identity(config: HataConfig, model: Any) -> None:

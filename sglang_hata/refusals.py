@@ -45,9 +45,7 @@ SETTINGS = (
         (False, None),
         "keys that return from the host would come without their codes; remove it.",
     ),
-    Refusal(
-        "enable_hisparse", (False, None), "it selects tokens itself; use one of the two."
-    ),
+    Refusal("enable_hisparse", (False, None), "it selects tokens itself; use one of the two."),
     Refusal(
         "enable_lmcache",
         (False, None),
@@ -69,20 +67,14 @@ SETTINGS = (
         "keys sent between prefill and decode servers would come without their codes; serve both on one.",
     ),
     Refusal("kv_cache_dtype", KV_DTYPES, "keys must be 16-bit; use auto, bf16 or fp16."),
-    Refusal(
-        "prefill_only_disable_kv_cache", (False, None), "there is no KV cache to select from; remove it."
-    ),
-    Refusal(
-        "enable_page_major_kv_layout", (False, None), "codes follow the slot-major layout; remove it."
-    ),
+    Refusal("prefill_only_disable_kv_cache", (False, None), "there is no KV cache to select from; remove it."),
+    Refusal("enable_page_major_kv_layout", (False, None), "codes follow the slot-major layout; remove it."),
     Refusal("enable_unified_memory", (False, None), "codes follow SGLang's plain KV pool; remove it."),
     Refusal("enable_kv_cache_sharding", (False, None), "codes follow SGLang's plain KV pool; remove it."),
     Refusal("dcp_size", (None, 1), "a request's tokens would be spread over GPUs; use --tp-size."),
     Refusal("attn_cp_size", (None, 1), "a request's tokens would be spread over GPUs; use --tp-size."),
     Refusal("enable_prefill_cp", (False, None), "its key writes bypass the codes; remove it."),
-    Refusal(
-        "pp_size", (None, 1), "pipeline stages have not been tested with HATA; use --tp-size instead."
-    ),
+    Refusal("pp_size", (None, 1), "pipeline stages have not been tested with HATA; use --tp-size instead."),
     Refusal("enable_dp_attention", (False, None), "it has not been tested with HATA; use --dp-size."),
     Refusal("enable_two_batch_overlap", (False, None), "it splits the decode batch; remove it."),
     Refusal("enable_pdmux", (False, None), "it runs prefill beside decode on one pool; remove it."),
@@ -104,19 +96,20 @@ ENVIRONMENT = (
 )
 
 
-def check_settings(settings: Any) -> None:
+def check_settings(settings: Any, config: HataConfig) -> None:
     """Raises HataError for the first setting (attributes of ``settings``) or variable that HATA cannot run with."""
     for refusal in SETTINGS:
         value = getattr(settings, refusal.setting, refusal.harmless[0])
         if value not in refusal.harmless:
             shown = "" if value is True else f" {value}"
-            raise HataError(
-                f"--hata cannot run with --{refusal.setting.replace('_', '-')}{shown}: {refusal.why}"
-            )
+            raise HataError(f"--hata cannot run with --{refusal.setting.replace('_', '-')}{shown}: {refusal.why}")
     for variable, why in ENVIRONMENT:
         if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
             raise HataError(f"--hata cannot run with {variable}={os.environ[variable]}: {why}; unset it.")
     check_device(settings)
+    graphs_off = settings.disable_cuda_graph or settings.disable_decode_cuda_graph
+    if config.verify and settings.device == "cuda" and not graphs_off:
+        raise HataError("--hata-verify looks at every step, which CUDA graphs hide: add --disable-cuda-graph.")
 
 
 def check_device(settings: Any) -> None:
@@ -133,9 +126,9 @@ def check_device(settings: Any) -> None:
         )
 
 
-def check_model(model: Any, config: HataConfig) -> None:
+def check_model(model: Any, config: HataConfig, device: str) -> None:
     """Raises HataError for a model that HATA cannot serve; ``model`` is SGLang's ModelConfig."""
-    for applies, sentence in _model_refusals():
+    for applies, sentence in (*_model_refusals(), *(_kernel_refusals() if device == "cuda" else ())):
         if applies(model):
             raise HataError(f"--hata cannot serve {model.model_path}: {sentence}")
     if config.dense_layers >= model.num_hidden_layers:
@@ -183,6 +176,24 @@ def _model_refusals() -> Iterator[tuple[Callable[[Any], bool], str]]:
     yield (
         lambda m: m.head_dim != m.v_head_dim or m.head_dim > MAX_HEAD_DIM,
         f"its heads are not of one size of at most {MAX_HEAD_DIM}.",
+    )
+
+
+def _kernel_refusals() -> Iterator[tuple[Callable[[Any], bool], str]]:
+    from hata_kernels.attend import ATTENTION_HEAD_DIMS, MAX_GROUP
+    from hata_kernels.launch import KV_DTYPES as KERNEL_DTYPES
+
+    yield (
+        lambda m: m.head_dim not in ATTENTION_HEAD_DIMS,
+        f"its head_dim is none of {', '.join(map(str, ATTENTION_HEAD_DIMS))}, which the kernels are built for.",
+    )
+    yield (
+        lambda m: m.num_attention_heads > MAX_GROUP * m.get_total_num_kv_heads(),
+        f"more than {MAX_GROUP} query heads share a KV head, which is as many as the kernels take.",
+    )
+    yield (
+        lambda m: m.dtype not in KERNEL_DTYPES,
+        "its weights are not 16-bit; add --dtype bfloat16.",
     )
 
 

@@ -30,9 +30,7 @@ class ServingState:
     selections_checked: int = 0
     selections_wrong: int = 0
 
-    def count_step(
-        self, lengths: list[int], kept: list[int], layers: int, dense_layers: int, kv_heads: int
-    ) -> None:
+    def count_step(self, lengths: list[int], kept: list[int], layers: int, dense_layers: int, kv_heads: int) -> None:
         """Counts one decode step.
 
         Args:
@@ -60,8 +58,6 @@ class ServingState:
             shown |= {
                 "selections_checked": self.selections_checked,
                 "selections_wrong": self.selections_wrong,
-                "stale_codes": sum(
-                    codes.stale(layer, pool.get_key_buffer(layer)) for layer in codes.codes
-                ),
+                "stale_codes": sum(codes.stale(layer, pool.get_key_buffer(layer)) for layer in codes.codes),
             }
         return shown

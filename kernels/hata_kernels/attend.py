@@ -36,9 +36,9 @@ BLOCKS_PER_MULTIPROCESSOR = 16
 class SparseDecode:
     """Attention of a decode step over the tokens in a `DecodeWorkspace`.
 
-    ``plan`` once a step; ``run`` once a layer, after `topk.select_slots` has written the layer's indices. Under
-    CUDA graphs ``plan`` is called before capture and before each replay, and ``run`` is captured; run once
-    before capturing, because FlashInfer makes small buffers at first use.
+    ``plan`` once a step; ``run`` once a layer, after `topk.select_slots` has written the layer's indices.
+    Under CUDA graphs ``plan`` is called before capture and before each replay, and ``run`` is captured; run
+    once before capturing, because FlashInfer makes small buffers at first use.
 
     Args:
         workspace: holds indptr and indices, and sets the largest batch and the numbers of heads.

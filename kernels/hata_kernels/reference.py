@@ -125,7 +125,7 @@ def hamming_scores(query_codes: Tensor, key_codes: Tensor) -> Tensor:
     Returns:
         [H, L] int32, from 0 to G * bits.
     """
-    L, H, W = key_codes.shape
+    _, H, W = key_codes.shape
     queries = query_codes.view(H, -1, 1, W)
     keys = key_codes.transpose(0, 1).unsqueeze(1)
     return popcount(queries ^ keys).sum(dim=(1, 3), dtype=torch.int32)

@@ -130,8 +130,8 @@ class DecodeWorkspace:
         total = int(rows.sum())
         if total > self.indices.numel() or (B and int(kept.min()) < 1):
             raise ValueError(
-                f"requests keep {kept.tolist()} tokens for each of {self.kv_heads} KV heads: expected at least 1"
-                f" each and {self.indices.numel()} altogether (max_kept or max_indices of the workspace)"
+                f"requests keep {kept.tolist()} tokens for each of {self.kv_heads} KV heads: expected at"
+                f" least 1 each, {self.indices.numel()} altogether (max_kept or max_indices of the workspace)"
             )
         host = torch.zeros(len(rows) + 1, dtype=torch.int32)
         torch.cumsum(rows, dim=0, out=host[1:])

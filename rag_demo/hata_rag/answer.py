@@ -18,8 +18,8 @@ from hata_rag.store import Passage, Store
 DEFAULT_TOKENS = 32_768  # of documents, unless half the server's context is less
 # The best hits must be in the last context for it to be used again: those most likely to hold the answer.
 REUSE_HITS = 5
-# Two texts of nothing in common have a cosine of about 0.1 under MiniLM; see tests/rag/test_retrieval.py.
-MIN_COSINE = 0.2
+# Over the Python reference, MiniLM gives questions about anything else at most 0.25, and its own over 0.5.
+MIN_COSINE = 0.25
 COUNTED_AT_ONCE = 64
 
 
@@ -139,7 +139,11 @@ def _search(question: str, budget: int, store: Store, embedder: Embedder) -> lis
         raise NotGroundedError(
             f"Nothing in the index is about this question{nearest}: ask otherwise, or index more."
         )
-    return hits
+    # The same text may be indexed twice, as a copy or a quotation: reading it once is enough.
+    first: dict[str, tuple[Passage, float]] = {}
+    for passage, score in hits:
+        first.setdefault(passage.text.strip(), (passage, score))
+    return list(first.values())
 
 
 def _fit(

@@ -18,8 +18,9 @@ INSTRUCTIONS = (
     "the document it comes from by its number, like [1] or [2]. If the documents do not answer the question, "
     "say so."
 )
-# Not preceded by a letter, digit or bracket: names[1] in an answer about code is no citation.
-CITATION = re.compile(r"(?<![\w)\"'])\[(\d+(?:\s*,\s*\d+)*)\]")
+CITATION = re.compile(r"\[(\d+(?:\s*,\s*\d+)*)\]")
+# In an answer about code, names[1] between backticks is no citation.
+CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 
 Message = dict[str, str]
 
@@ -56,7 +57,7 @@ def messages(passages: Sequence[Passage], turns: Sequence[Turn], question: str) 
 
 def citations(answer: str, documents: int) -> tuple[list[int], list[int]]:
     """The numbers that ``answer`` cites, by first appearance: those among ``documents``, and the others."""
-    found = [int(number) for group in CITATION.findall(answer) for number in group.split(",")]
+    found = [int(number) for group in CITATION.findall(CODE.sub("", answer)) for number in group.split(",")]
     unique = list(dict.fromkeys(found))
     return (
         [number for number in unique if 1 <= number <= documents],

@@ -94,10 +94,10 @@ def make_case(
 ) -> Case:
     """A random step.
 
-    Slots are scattered over the pool; requests after the first share a prefix of the first one's slots, as a
-    prefix cache makes them. Slots no request holds are NaN in both pools and sentinels in the code cache, as are
-    the codes of the current tokens, which the step must write. ``padded`` rows at the end have row 0, length 1
-    and slot 0.
+    Slots are scattered over the pool; requests after the first share a prefix of the first one's slots, as
+    in a prefix cache. Slots no request holds are NaN in both pools and sentinels in the code cache, as are
+    the codes of the current tokens, which the step must write. ``padded`` rows at the end have row 0,
+    length 1 and slot 0.
     """
     device = generator.device
     B, H, D = len(lengths), kv_heads, head_dim
@@ -192,8 +192,8 @@ def expected_ranks(case: Case, codes: Tensor) -> list[Tensor]:
 def check_selection(case: Case, workspace: DecodeWorkspace) -> list[Tensor]:
     """Assert that the workspace holds what the specification selects.
 
-    Exact: codes, ranks, histograms, positions. Requests that keep everything have no ranks. Padded rows select
-    slot 0, and nothing is written beyond them.
+    Exact: codes, ranks, histograms, positions. Requests that keep everything have no ranks. Padded rows
+    select slot 0, and nothing is written beyond them.
 
     Returns:
         The chosen slots of each request, [H, k].

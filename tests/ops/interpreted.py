@@ -154,6 +154,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_selected_tokens(name: str, index_dtype: torch.dtype) -> None:
     lengths, budget, kv_heads, group, bits = CASES[name]
+    # Without padded rows a token too many would land in the sentinels, not in a row written later.
+    padded = 0 if name == "one" else 2
     case = make_case(
         lengths,
         budget,
@@ -164,9 +166,9 @@ def test_selected_tokens(name: str, index_dtype: torch.dtype) -> None:
         dtype=torch.bfloat16,
         generator=seeded(len(name)),
         index_dtype=index_dtype,
-        padded=2,
+        padded=padded,
     )
-    B = len(lengths) + 2
+    B = len(lengths) + padded
     workspace = DecodeWorkspace.allocate(
         max_batch=B + 1,
         q_heads=kv_heads * group,
@@ -328,7 +330,7 @@ def test_refusals_name_the_tensor() -> None:
     workspace = DecodeWorkspace.allocate(max_batch=2, **sizes)
     with pytest.raises(ValueError, match="max_kept or max_indices"):
         workspace.set_kept([6, 5])
-    with pytest.raises(ValueError, match="expected at least 1"):
+    with pytest.raises(ValueError, match="at least 1 each"):
         workspace.set_kept([0])
     with pytest.raises(ValueError, match="3 requests in a batch of 3"):
         workspace.set_kept([1, 1, 1])

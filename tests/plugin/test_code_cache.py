@@ -1,0 +1,168 @@
+"""Codes beside keys: what is written, moved and found stale. On the CPU, against the specification."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hata_kernels.reference import hamming_scores, hash_codes, rank_scores, select_positions
+from hata_weights import artifact
+from hata_weights.rotation import random_rotation
+from sglang_hata.code_cache import CodeCache
+from sglang_hata.config import HataConfig, HataError
+from sglang_hata.projections import rank_kv_heads, rank_projections
+from sglang_hata.state import ServingState
+from sglang_hata.verify import wrong_selections
+
+
+@pytest.fixture
+def cache() -> CodeCache:
+    projections = {
+        layer: torch.stack([random_rotation(layer, head, 64, 128) for head in range(3)]) for layer in (2, 3)
+    }
+    return CodeCache(50, projections)
+
+
+def test_codes_follow_their_keys(cache: CodeCache) -> None:
+    keys = torch.zeros(50, 3, 64, dtype=torch.bfloat16)
+    assert cache.stale(2, keys) == 0, "a pool that nothing was written to"
+    slots = torch.tensor([7, 3, 49])
+    keys[slots] = torch.randn(3, 3, 64).to(torch.bfloat16)
+    assert cache.stale(2, keys) == 3, "keys without codes must be found"
+    cache.write(2, slots, keys[slots])
+    assert cache.stale(2, keys) == 0
+    assert cache.tokens_hashed == 3
+    cache.write(3, slots, keys[slots].view(3, -1))
+    assert cache.tokens_hashed == 3, "a token counts once, in the first layer"
+    cache.move(torch.tensor([1]), torch.tensor([49]))
+    keys[1] = keys[49]
+    assert cache.stale(2, keys, rows=7) == 0
+    keys[49, 1] += 1
+    assert cache.stale(2, keys, rows=7) == 1
+
+
+def test_cost_of_codes(cache: CodeCache) -> None:
+    assert cache.bytes_per_token == 2 * 3 * 16
+    assert cache.size_bytes() == 50 * cache.bytes_per_token
+
+
+def test_rotations_are_orthogonal_fixed_and_distinct() -> None:
+    columns = random_rotation(5, 1, 128, 256).to(torch.float64)
+    assert torch.equal(columns, random_rotation(5, 1, 128, 256).to(torch.float64))
+    assert not torch.equal(columns, random_rotation(5, 2, 128, 256).to(torch.float64))
+    unit = columns / columns.norm(dim=0)
+    for half in (unit[:, :128], unit[:, 128:]):
+        assert (half.T @ half - torch.eye(128)).abs().max() < 0.02, "int8 rounding alone is left"
+
+
+@pytest.mark.parametrize(
+    ("total", "size", "heads"),
+    [
+        (8, 1, [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        (8, 4, [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        (2, 8, [[0], [0], [0], [0], [1], [1], [1], [1]]),
+    ],
+)
+def test_tensor_parallel_ranks_hash_their_own_heads(total: int, size: int, heads: list[list[int]]) -> None:
+    assert [rank_kv_heads(total, rank, size) for rank in range(size)] == heads
+    model = SimpleNamespace(num_hidden_layers=3, head_dim=64, get_total_num_kv_heads=lambda: total)
+    for rank in range(size):
+        w = rank_projections(HataConfig(), model, rank, size, "cpu")[2]
+        assert torch.equal(w, torch.stack([random_rotation(2, head, 64, 128) for head in heads[rank]]))
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 6), st.integers(0, 6), st.integers(0, 2**31))
+def test_the_oracle_accepts_right_selections_and_no_other(L: int, k: int, sink: int, recent: int, seed: int) -> None:
+    k = min(max(k, sink + max(recent, 1)), L)
+    generator = torch.Generator().manual_seed(seed)
+    projection = torch.stack([random_rotation(0, head, 64, 128) for head in range(2)])
+    keys = torch.randn(60, 2, 64, generator=generator)
+    codes = hash_codes(keys, projection)
+    query_codes = hash_codes(torch.randn(1, 6, 64, generator=generator), projection)
+    slots = torch.randperm(60, generator=generator)[:L]
+    ranks = rank_scores(hamming_scores(query_codes[0], codes[slots]), sink, recent)
+    positions = select_positions(ranks, k)
+
+    def wrong(selected: torch.Tensor) -> int:
+        return wrong_selections(query_codes, codes, [slots], [selected], [k], sink, recent)
+
+    assert wrong(positions) == 0
+    if k > 1:
+        assert wrong(positions[:, :-1]) == 2, "too few tokens"
+    left_out = [sorted(set(range(L)) - set(row.tolist())) for row in positions]
+    for head in range(2):
+        worst = positions[head][ranks[head][positions[head]].argmax()]
+        better = [p for p in left_out[head] if ranks[head][p] > ranks[head][worst]]
+        if better:
+            swapped = positions.clone()
+            swapped[head][swapped[head] == worst] = better[0]
+            assert wrong(swapped) == 1, "a farther token in place of a nearer one"
+
+
+def test_counters_count_dense_layers_in_full() -> None:
+    state = ServingState(HataConfig())
+    state.count_step([1000, 300], [64, 300], layers=30, dense_layers=2, kv_heads=3)
+    assert state.tokens_seen == 3 * 30 * 1300
+    assert state.tokens_attended == 3 * (2 * 1300 + 28 * 364)
+
+
+class TestWeightsFolder:
+    identity = artifact.Identity("tiny", layers=4, dense_layers=1, kv_heads=2, head_dim=64, bits=256, tool="test")
+    model = SimpleNamespace(
+        num_hidden_layers=4, head_dim=64, get_total_num_kv_heads=lambda: 2, model_path="some/model"
+    )
+
+    @pytest.fixture
+    def projections(self) -> dict[int, torch.Tensor]:
+        rng = np.random.default_rng(0)
+        return {
+            layer: torch.from_numpy(rng.integers(-127, 128, (2, 64, 256), dtype=np.int8)) for layer in (1, 2, 3)
+        }
+
+    def test_what_is_saved_is_served(self, tmp_path, projections) -> None:
+        artifact.save(tmp_path, self.identity, projections)
+        identity, loaded = artifact.load(tmp_path)
+        assert identity.bits == 256 and identity.model == "tiny"
+        assert all(torch.equal(loaded[layer], projections[layer]) for layer in (1, 2, 3))
+        config = HataConfig(weights=str(tmp_path), dense_layers=2)
+        served = rank_projections(config, self.model, 1, 2, "cpu")
+        assert sorted(served) == [2, 3] and torch.equal(served[2], projections[2][1:])
+
+    @pytest.mark.parametrize(
+        ("change", "sentence"),
+        [
+            ({"num_hidden_layers": 5}, "with layers 4, but some/model has 5"),
+            ({"head_dim": 128}, "with head_dim 64, but some/model has 128"),
+            ({"get_total_num_kv_heads": lambda: 8}, "with kv_heads 2, but some/model has 8"),
+        ],
+    )
+    def test_weights_of_another_shape_are_refused(self, tmp_path, projections, change, sentence) -> None:
+        artifact.save(tmp_path, self.identity, projections)
+        model = SimpleNamespace(**vars(self.model) | change)
+        with pytest.raises(HataError, match=sentence):
+            rank_projections(HataConfig(weights=str(tmp_path)), model, 0, 1, "cpu")
+
+    def test_tensors_of_another_folder_are_refused(self, tmp_path, projections) -> None:
+        artifact.save(tmp_path / "a", self.identity, projections)
+        artifact.save(tmp_path / "b", self.identity, projections | {1: projections[1].flip(0)})
+        (tmp_path / "b" / artifact.TENSOR_FILE).replace(tmp_path / "a" / artifact.TENSOR_FILE)
+        with pytest.raises(artifact.ArtifactError, match=r"is not the file that hata\.json was written for"):
+            artifact.load(tmp_path / "a")
+
+    def test_folders_without_identity_are_refused(self, tmp_path, projections) -> None:
+        with pytest.raises(artifact.ArtifactError, match=r"holds no hata\.json"):
+            artifact.load(tmp_path)
+        (tmp_path / artifact.IDENTITY_FILE).write_text("{")
+        with pytest.raises(artifact.ArtifactError, match="cannot be read"):
+            artifact.load(tmp_path)
+        (tmp_path / artifact.IDENTITY_FILE).write_text('{"schema": 7}')
+        with pytest.raises(artifact.ArtifactError, match="has schema 7: this version reads schema 1"):
+            artifact.load(tmp_path)
+
+    def test_missing_layers_are_refused(self, tmp_path, projections) -> None:
+        del projections[2]
+        with pytest.raises(artifact.ArtifactError, match=r"cover layers \[1, 3\], not 1 to 3"):
+            artifact.save(tmp_path, self.identity, projections)
