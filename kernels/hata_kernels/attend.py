@@ -168,9 +168,7 @@ class SparseDecode:
                 )
         self._active, self._planned = wrapper, indptr
 
-    def run(
-        self, q: Tensor, k_pool: Tensor, v_pool: Tensor, scale: float, out: Tensor | None = None
-    ) -> Tensor:
+    def run(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """Attention of one layer over the tokens whose rows are in the workspace's indices.
 
         Args:
@@ -241,9 +239,7 @@ def largest_grid(rows: int, group: int, use_tensor_cores: bool, n_multiprocessor
     return max(BLOCKS_PER_MULTIPROCESSOR * n_multiprocessors, rows)
 
 
-def float_workspace_bytes(
-    rows: int, group: int, head_dim: int, use_tensor_cores: bool, n_multiprocessors: int
-) -> int:
+def float_workspace_bytes(rows: int, group: int, head_dim: int, use_tensor_cores: bool, n_multiprocessors: int) -> int:
     """Bytes FlashInfer may use for the partial outputs of split attention, and their softmax sums."""
     blocks = largest_grid(rows, group, use_tensor_cores, n_multiprocessors)
     partial_rows = blocks * (TILE_ROWS if use_tensor_cores else 1)

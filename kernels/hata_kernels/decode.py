@@ -15,9 +15,7 @@ from hata_kernels.workspace import DecodeWorkspace
 class Attention(Protocol):
     """Attention over the rows in a workspace's indices; `attend.SparseDecode`."""
 
-    def run(
-        self, q: Tensor, k_pool: Tensor, v_pool: Tensor, scale: float, out: Tensor | None = None
-    ) -> Tensor: ...
+    def run(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, scale: float, out: Tensor | None = None) -> Tensor: ...
 
 
 def select_tokens(

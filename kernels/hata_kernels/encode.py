@@ -163,8 +163,7 @@ def check_projection(projection: Tensor, device: torch.device) -> tuple[int, int
     H, D, bits = projection.shape
     if D not in HEAD_DIMS or bits not in CODE_BITS:
         raise ValueError(
-            f"projection: head dimension {D} and {bits} bits,"
-            f" expected one of {HEAD_DIMS} and one of {CODE_BITS}"
+            f"projection: head dimension {D} and {bits} bits, expected one of {HEAD_DIMS} and one of {CODE_BITS}"
         )
     return H, D, bits
 

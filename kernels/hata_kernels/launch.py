@@ -31,9 +31,7 @@ def popcount(x):
         x = (x + (x >> 4)) & 0x0F0F0F0F
         return (x * 0x01010101) >> 24
     else:
-        return tl.inline_asm_elementwise(
-            "popc.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
-        )
+        return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit

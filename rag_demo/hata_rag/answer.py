@@ -136,9 +136,7 @@ def _search(question: str, budget: int, store: Store, embedder: Embedder) -> lis
     hits = store.search(embedder.embed([question])[0], max(REUSE_HITS, budget // 20))
     if not hits or hits[0][1] < MIN_COSINE:
         nearest = f" (the nearest is {hits[0][0].place}, cosine {hits[0][1]:.2f})" if hits else ""
-        raise NotGroundedError(
-            f"Nothing in the index is about this question{nearest}: ask otherwise, or index more."
-        )
+        raise NotGroundedError(f"Nothing in the index is about this question{nearest}: ask otherwise, or index more.")
     # The same text may be indexed twice, as a copy or a quotation: reading it once is enough.
     first: dict[str, tuple[Passage, float]] = {}
     for passage, score in hits:
@@ -174,9 +172,7 @@ def _fit(
     )
 
 
-def _follow(
-    question: str, last: Conversation, client: Client, room: int, say: Callable[[str], None]
-) -> Prompt:
+def _follow(question: str, last: Conversation, client: Client, room: int, say: Callable[[str], None]) -> Prompt:
     turns = last.turns
     while True:
         tokens = client.tokens(messages(last.passages, turns, question))

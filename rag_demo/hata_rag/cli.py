@@ -96,9 +96,7 @@ def index(paths: tuple[str, ...], forget: bool, home: Path | None) -> None:
       hata-rag index --forget python:
     """
     if forget and not paths:
-        raise BadRequestError(
-            f"--forget needs the PATHs to drop, or {REFERENCE} for the Python language reference."
-        )
+        raise BadRequestError(f"--forget needs the PATHs to drop, or {REFERENCE} for the Python language reference.")
     with closing(Store(Home(home))) as store:
         indexer = Indexer(store, Embedder(), _track, _skip)
         if forget:
@@ -116,18 +114,14 @@ def index(paths: tuple[str, ...], forget: bool, home: Path | None) -> None:
 
 @main.command()
 @click.argument("question", nargs=-1, required=True)
-@click.option(
-    "-c", "--continue", "follow", is_flag=True, help="Follow up over the documents of the last question."
-)
+@click.option("-c", "--continue", "follow", is_flag=True, help="Follow up over the documents of the last question.")
 @click.option("--fresh", is_flag=True, help="Choose documents anew even if the last ones hold the best hits.")
 @click.option(
     "--tokens",
     type=click.IntRange(min=1),
     help="Tokens of documents in the prompt.  [default: half the server's context, at most 32,768]",
 )
-@click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer."
-)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer.")
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
@@ -172,9 +166,7 @@ def ask(
     if not words:
         raise BadRequestError("The question is empty: put it in quotes after `hata-rag ask`.")
     if follow and (fresh or tokens):
-        raise BadRequestError(
-            "-c keeps the last documents; --fresh and --tokens choose others: use one or the other."
-        )
+        raise BadRequestError("-c keeps the last documents; --fresh and --tokens choose others: use one or the other.")
     if server and (model or server_args):
         raise BadRequestError(
             "--model and --server-args are for a server that hata-rag starts, and --server names one."
@@ -188,9 +180,7 @@ def ask(
             prompt = prepare(words, options, place, store, embedder, client, info, _say)
             result = answer(words, prompt, options, place, client, info, _ignore if as_json else _write)
             if as_json:
-                click.echo(
-                    json.dumps(report.answer_object(words, prompt, result, info, client.url), indent=2)
-                )
+                click.echo(json.dumps(report.answer_object(words, prompt, result, info, client.url), indent=2))
                 return
             click.echo()
             _say("")
@@ -237,17 +227,13 @@ def stop(home: Path | None) -> None:
 def _index_if_empty(store: Store, embedder: Embedder) -> None:
     if store.figures()["embedded"]:
         return
-    _say(
-        "Nothing is indexed yet: indexing the Python language reference (`hata-rag index PATH` indexes yours)"
-    )
+    _say("Nothing is indexed yet: indexing the Python language reference (`hata-rag index PATH` indexes yours)")
     _require_something(Indexer(store, embedder, _track, _skip).index_reference(), ())
 
 
 def _require_something(summary: Summary, paths: Sequence[str]) -> None:
     if not summary.read and not summary.deleted:
-        raise NothingToReadError(
-            f"No document could be read in {shlex.join(paths)}: name files that hold text."
-        )
+        raise NothingToReadError(f"No document could be read in {shlex.join(paths)}: name files that hold text.")
 
 
 def _started(home: Home, model: str | None, arguments: str) -> str:

@@ -68,9 +68,7 @@ class Generation:
         for event in self._events:
             meta = event["meta_info"]
             if (meta.get("finish_reason") or {}).get("type") == "abort":
-                raise ServerError(
-                    f"The server gave up on the question: {meta['finish_reason'].get('message')}."
-                )
+                raise ServerError(f"The server gave up on the question: {meta['finish_reason'].get('message')}.")
             last = time.monotonic()
             first = first or last
             piece = event["text"] if self._incremental else event["text"][length:]
@@ -138,9 +136,7 @@ class Client:
         prompt: list[int] = self._checked(response)["tokens"]
         return prompt
 
-    def generate(
-        self, prompt: Sequence[int], max_new_tokens: int, temperature: float, incremental: bool
-    ) -> Generation:
+    def generate(self, prompt: Sequence[int], max_new_tokens: int, temperature: float, incremental: bool) -> Generation:
         """Begin an answer; nothing is sent before it is iterated over."""
         body = {
             "input_ids": list(prompt),

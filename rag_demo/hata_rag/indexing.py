@@ -49,9 +49,7 @@ class Indexer:
         skip: told of each file that cannot be read, as (path, reason), when it is met.
     """
 
-    def __init__(
-        self, store: Store, embedder: Embedder, track: Track, skip: Callable[[str, str], None]
-    ) -> None:
+    def __init__(self, store: Store, embedder: Embedder, track: Track, skip: Callable[[str, str], None]) -> None:
         self._store, self._embedder, self._track, self._skip = store, embedder, track, skip
 
     def index(self, roots: Sequence[Path]) -> Summary:
@@ -60,9 +58,7 @@ class Indexer:
         known = self._store.digests()
         for folder in folders:
             if not folder.exists() and not any(_within(path, [folder]) for path in known):
-                raise BadRequestError(
-                    f"{folder} is not there and was never indexed: name a file or a folder."
-                )
+                raise BadRequestError(f"{folder} is not there and was never indexed: name a file or a folder.")
         files = dict.fromkeys(file for folder in folders if folder.exists() for file in find_files(folder))
         before = {path for path in known if _within(path, folders)}
         return self._update(before, [(str(file), _reader(file)) for file in files], "Reading")
@@ -116,9 +112,7 @@ class Indexer:
         pending = sorted(self._store.pending().items(), key=lambda item: len(item[1]))
         batches = [pending[start : start + BATCH] for start in range(0, len(pending), BATCH)]
         for batch in self._track(batches, "Embedding"):
-            self._store.add_vectors(
-                [digest for digest, _ in batch], self._embedder.embed([t for _, t in batch])
-            )
+            self._store.add_vectors([digest for digest, _ in batch], self._embedder.embed([t for _, t in batch]))
         self._store.drop_unused_vectors()
         return len(pending)
 

@@ -22,9 +22,7 @@ def source(number: int, passage: Passage) -> dict[str, Any]:
     return {"number": number} | fields
 
 
-def answer_object(
-    question: str, prompt: Prompt, answer: Answer, info: ServerInfo, url: str
-) -> dict[str, Any]:
+def answer_object(question: str, prompt: Prompt, answer: Answer, info: ServerInfo, url: str) -> dict[str, Any]:
     """The one JSON object of ``ask --json``."""
     retrieved = [source(number, passage) for number, passage in enumerate(prompt.passages, start=1)]
     return {
@@ -111,9 +109,7 @@ def status_lines(status: dict[str, Any]) -> list[str]:
         lines.append("Server: none runs; `hata-rag ask` starts one")
     else:
         lines.append(f"Server: {server['url']}, {server['state']}")
-        lines.append(
-            f"  model: {server['model']}" + (f", SGLang {server['sglang']}" if server["sglang"] else "")
-        )
+        lines.append(f"  model: {server['model']}" + (f", SGLang {server['sglang']}" if server["sglang"] else ""))
         if server["pid"]:
             minutes = server["uptime_seconds"] / 60
             lines.append(f"  process: {server['pid']}, up {minutes:,.1f} min, log {server['log']}")

@@ -9,7 +9,6 @@ import re
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -124,14 +123,10 @@ def last_words(log: Path) -> str:
     except FileNotFoundError:
         lines = []
     lines = [line for line in lines if line]
-    return next(
-        (line for line in reversed(lines) if FAILURE.search(line)), lines[-1] if lines else "no output"
-    )
+    return next((line for line in reversed(lines) if FAILURE.search(line)), lines[-1] if lines else "no output")
 
 
-def _start(
-    home: Home, wanted_model: str | None, options: tuple[str, ...], say: Callable[[str], None]
-) -> Record:
+def _start(home: Home, wanted_model: str | None, options: tuple[str, ...], say: Callable[[str], None]) -> Record:
     path = _same_model(wanted_model) if wanted_model else str(model.default_model(say))
     ours = () if wanted_model else DEFAULT_MODEL_OPTIONS
     with socket.socket() as probe:
@@ -139,15 +134,23 @@ def _start(
         port = probe.getsockname()[1]
     # The user's options come last: argparse lets the last one win.
     arguments = command(path, port, (*ours, *options))
-    with home.server_log.open("wb") as log:
-        process = subprocess.Popen(
-            arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    log_path = str(home.server_log)
-    started = psutil.Process(process.pid).create_time()
-    record = Record(process.pid, started, f"http://127.0.0.1:{port}", path, options, log_path)
+    log = str(home.server_log)
+    # Not subprocess: it wants its children waited for, and this one outlives us.
+    pid = os.posix_spawn(
+        arguments[0],
+        arguments,
+        os.environ,
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+        setsid=True,
+    )
+    started = psutil.Process(pid).create_time()
+    record = Record(pid, started, f"http://127.0.0.1:{port}", path, options, log)
     home.server.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
-    say(f"Starting a server for {Path(path).name} in the background (log: {log_path})")
+    say(f"Starting a server for {Path(path).name} in the background (log: {log})")
     return record
 
 

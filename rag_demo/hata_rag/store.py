@@ -152,9 +152,7 @@ class Store:
         """The ``count`` passages nearest to the query vector, best first, each with its cosine."""
         from hata_rag.vectors import nearest
 
-        ids = [
-            row[0] for row in self._db.execute("SELECT id FROM chunk JOIN vector USING (words) ORDER BY id")
-        ]
+        ids = [row[0] for row in self._db.execute("SELECT id FROM chunk JOIN vector USING (words) ORDER BY id")]
         if not ids:
             return []
         file = self._folder / f"vectors-{self._fact('generation')}.faiss"

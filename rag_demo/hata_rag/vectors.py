@@ -13,9 +13,7 @@ MOST = 2_048  # neighbours that FAISS finds on a GPU at once
 GPU_SCRATCH = 64 << 20  # bytes; FAISS would take 1.5 GB, which the server's KV cache has
 
 
-def nearest(
-    file: Path, vectors: Callable[[], np.ndarray], query: np.ndarray, count: int
-) -> list[tuple[int, float]]:
+def nearest(file: Path, vectors: Callable[[], np.ndarray], query: np.ndarray, count: int) -> list[tuple[int, float]]:
     """The rows of the ``count`` vectors nearest to ``query``, best first, each with its inner product.
 
     Args:

@@ -51,3 +51,13 @@ def server_arguments(given: list[str]) -> list[str]:
         if word is not None
     ]
     return needed + given
+
+
+def engine_arguments() -> dict[str, object]:
+    """The same for `sgl.Engine`, under ``hata-cpu python``; nothing on a machine with a GPU."""
+    if gpu_present():
+        return {}
+    named = {flag.removeprefix("--").replace("-", "_"): value for flag, value in SERVER_ARGUMENTS.items()}
+    return {
+        name: True if value is None else int(value) if value.isdigit() else value for name, value in named.items()
+    }

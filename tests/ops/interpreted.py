@@ -227,9 +227,7 @@ class GatherAttention:
     def __init__(self, workspace: DecodeWorkspace) -> None:
         self.workspace = workspace
 
-    def run(
-        self, q: Tensor, k_pool: Tensor, v_pool: Tensor, scale: float, out: Tensor | None = None
-    ) -> Tensor:
+    def run(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         B, H = q.shape[0], k_pool.shape[1]
         keys, values = k_pool.flatten(0, 1), v_pool.flatten(0, 1)
         indptr = self.workspace.indptr.tolist()
@@ -237,9 +235,7 @@ class GatherAttention:
         outputs = []
         for row in range(B * H):
             chosen = self.workspace.indices[indptr[row] : indptr[row + 1]].long()
-            outputs.append(
-                reference.attend(groups[row], keys[chosen].unsqueeze(0), values[chosen].unsqueeze(0), scale)
-            )
+            outputs.append(reference.attend(groups[row], keys[chosen].unsqueeze(0), values[chosen].unsqueeze(0), scale))
         return torch.stack(outputs).view(B, -1, values.shape[-1])
 
 
@@ -334,6 +330,4 @@ def test_refusals_name_the_tensor() -> None:
         workspace.set_kept([0])
     with pytest.raises(ValueError, match="3 requests in a batch of 3"):
         workspace.set_kept([1, 1, 1])
-    assert workspace.nbytes() == sum(
-        tensor.numel() * tensor.element_size() for tensor in vars(workspace).values()
-    )
+    assert workspace.nbytes() == sum(tensor.numel() * tensor.element_size() for tensor in vars(workspace).values())

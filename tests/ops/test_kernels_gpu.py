@@ -271,9 +271,7 @@ class Captured:
 
 
 @pytest.mark.usefixtures("compiled_attention")
-@pytest.mark.parametrize(
-    ("kv_heads", "group", "head_dim"), [(8, 4, 128), (2, 7, 64), (4, 1, 128), (3, 3, 64)]
-)
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(8, 4, 128), (2, 7, 64), (4, 1, 128), (3, 3, 64)])
 def test_graphs_replay_other_steps(kv_heads: int, group: int, head_dim: int) -> None:
     """Two batch sizes captured on the same buffers, replayed with other lengths, slots, rows and padding."""
     budget = Budget(tokens=200, floor=8)

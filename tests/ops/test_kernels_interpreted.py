@@ -11,7 +11,5 @@ HERE = Path(__file__).parent
 def test_kernels_under_the_interpreter() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted.py")]
-    run = subprocess.run(
-        command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, check=False
-    )
+    run = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr

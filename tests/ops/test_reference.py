@@ -70,9 +70,7 @@ def test_integer_rows_fit_fifteen_bits_and_sign(row: list[float]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize(
-    ("kv_heads", "group", "head_dim", "bits"), [(1, 3, 5, 32), (2, 1, 64, 64), (3, 2, 7, 96)]
-)
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim", "bits"), [(1, 3, 5, 32), (2, 1, 64, 64), (3, 2, 7, 96)])
 def test_hash_bits_equal_python_integers(
     kv_heads: int, group: int, head_dim: int, bits: int, dtype: torch.dtype
 ) -> None:
@@ -97,9 +95,7 @@ def test_hash_ignores_powers_of_two(exponent: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 3, 9, generator=generator)
     projection = torch.randint(-128, 128, (3, 9, 64), generator=generator, dtype=torch.int8)
-    assert torch.equal(
-        hash_codes(x, projection), hash_codes(torch.ldexp(x, torch.tensor(exponent)), projection)
-    )
+    assert torch.equal(hash_codes(x, projection), hash_codes(torch.ldexp(x, torch.tensor(exponent)), projection))
 
 
 @given(st.lists(INT32, min_size=1, max_size=20))
@@ -124,9 +120,7 @@ def test_scores_are_summed_hamming_distances(H: int, G: int, W: int, L: int, dat
     scores = hamming_scores(torch.tensor(queries, dtype=torch.int32), torch.tensor(keys, dtype=torch.int32))
     for h in range(H):
         for position in range(L):
-            pairs = (
-                (query[w], keys[position][h][w]) for query in queries[h * G : (h + 1) * G] for w in range(W)
-            )
+            pairs = ((query[w], keys[position][h][w]) for query in queries[h * G : (h + 1) * G] for w in range(W))
             expected = sum(bin((a ^ b) & 0xFFFFFFFF).count("1") for a, b in pairs)
             assert scores[h, position] == expected
 
@@ -177,8 +171,7 @@ def test_attention_equals_sums_in_python() -> None:
     generator = torch.Generator().manual_seed(0)
     H, G, D, k = 2, 3, 5, 4
     query, keys, values = (
-        torch.randn(shape, generator=generator, dtype=torch.float32)
-        for shape in ((H * G, D), (H, k, D), (H, k, 3))
+        torch.randn(shape, generator=generator, dtype=torch.float32) for shape in ((H * G, D), (H, k, D), (H, k, 3))
     )
     output = attend(query, keys, values, scale=0.3)
     for head in range(H * G):

@@ -144,14 +144,14 @@ def test_a_follow_up_needs_the_same_documents(run: Run, indexed: Path, fake: Fak
 
 
 def test_the_prompt_never_exceeds_the_room(run: Run, indexed: Path, fake: FakeServer) -> None:
-    for fake.room in range(600, 900, 20):
+    for fake.room in range(600, 900, 50):
         result = run("ask", "--fresh", "--max-new-tokens", "100", "How long does sourdough ferment?")
         assert result.exit_code in (0, 2)
         if result.exit_code == 0:
             assert len(fake.prompts[-1]) + 100 <= fake.room
     assert fake.prompts
     fake.room = 700
-    for _ in range(8):  # the oldest turns make way
+    for _ in range(5):  # the oldest turns make way
         assert run("ask", "-c", "--max-new-tokens", "100", "And what else is there?").exit_code == 0
         assert len(fake.prompts[-1]) + 100 <= fake.room
 

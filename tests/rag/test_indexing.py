@@ -100,9 +100,9 @@ def test_vectors_of_another_embedder_are_made_anew(store: Store, notes: Path) ->
 def test_search_is_exact(store: Store, home: Home, embedder: Embedder) -> None:
     generator = np.random.default_rng(0)
     file = home.folder / "long.md"
-    file.write_text("".join(f"# Title {number}\n\nText {number}\n\n" for number in range(200)))
+    file.write_text("".join(f"# Title {number}\n\nText {number}\n\n" for number in range(60)))
     index(store, file, embedder=embedder)
-    vectors = embedder.embed([f"Title {number}\n# Title {number}\n\nText {number}" for number in range(200)])
+    vectors = embedder.embed([f"Title {number}\n# Title {number}\n\nText {number}" for number in range(60)])
     query = vectors[17] + 0.01 * generator.standard_normal(DIMENSIONS, dtype=np.float32)
     hits = store.search(query, 10)
     nearest = np.argsort(-(vectors @ query), kind="stable")[:10]

@@ -1,0 +1,184 @@
+"""The served path, end to end: real SGLang, a real model, real documents, the flags of a user."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import httpx
+import pytest
+from serving import Server, serving
+from texts import PROMPTS, section
+
+from sglang_hata.config import HataConfig
+
+pytestmark = pytest.mark.server
+
+LAYERS, KV_HEADS = 30, 3  # SmolLM2-135M
+NEW_TOKENS = 32
+# Logits are bf16 sums taken in another order: two tokens this near to each other may change places.
+TIE = 0.1
+
+
+@pytest.fixture(scope="module")
+def dense_answers(model: Path) -> list[Any]:
+    with serving(model) as server:
+        return [server.generate(prompt, NEW_TOKENS) for prompt in PROMPTS]
+
+
+def first_difference(one: Any, other: Any) -> int | None:
+    """The first step at which two answers have different tokens."""
+    tokens = [[token for _, token, _ in answer["meta_info"]["output_token_logprobs"]] for answer in (one, other)]
+    return next((i for i, (a, b) in enumerate(zip(*tokens, strict=True)) if a != b), None)
+
+
+def assert_same_text(dense: Any, hata: Any) -> None:
+    """Equal texts, or a first difference at which dense itself had two tokens tied within bf16 noise."""
+    step = first_difference(dense, hata)
+    if step is None:
+        assert dense["text"] == hata["text"]
+        return
+    (best, _, _), (second, token, text) = dense["meta_info"]["output_top_logprobs"][step][:2]
+    chosen = hata["meta_info"]["output_token_logprobs"][step]
+    print(f"step {step}: dense's two best tokens are {best - second:.4f} apart; HATA chose {chosen[2]!r}")
+    assert chosen[1] == token and best - second <= TIE, f"{text!r} was {best - second} behind: not a tie"
+
+
+def test_with_the_whole_context_as_budget_the_text_is_dense(model: Path, dense_answers: list[Any]) -> None:
+    # --hata-verify selects also where every token is kept, so this runs the whole sparse path.
+    flags = ("--hata", "--hata-budget", "8192", "--hata-min-context", "0", "--hata-verify", "--page-size", "16")
+    with serving(model, *flags) as server:
+        lengths = []
+        for prompt, dense in zip(PROMPTS, dense_answers, strict=True):
+            answer = server.generate(prompt, NEW_TOKENS)
+            lengths.append(answer["meta_info"]["prompt_tokens"])
+            assert_same_text(dense, answer)
+        print(f"prompts of {lengths} tokens")
+        assert min(lengths) >= 400 and max(lengths) >= 2_500
+        state = server.hata()
+        assert state["tokens_attended"] == state["tokens_seen"]
+        assert state["selections_checked"] > len(PROMPTS) * (NEW_TOKENS - 1) * (LAYERS - 2) * KV_HEADS
+        assert state["selections_wrong"] == 0 and state["stale_codes"] == 0
+
+
+BUDGET, MIN_CONTEXT = 128, 256
+DOCUMENT = section("specialnames", 0, 6_000)
+QUESTIONS = [DOCUMENT + f"\n\nQuestion: {question}\nAnswer:" for question in ("What is a class?", "What does new do?")]
+
+
+@pytest.fixture(scope="module")
+def small(model: Path) -> Iterator[Server]:
+    """A small budget, chunked and mixed prefill, forced retraction, and a pool that two documents fill."""
+    flags = ["--hata", "--hata-budget", str(BUDGET), "--hata-min-context", str(MIN_CONTEXT), "--hata-sink", "4"]
+    flags += ["--hata-recent", "16", "--hata-verify", "--max-total-tokens", "4096", "--enable-mixed-chunk"]
+    flags += ["--chunked-prefill-size", "512"]
+    with serving(model, *flags, environment={"SGLANG_TEST_RETRACT": "1"}) as server:
+        yield server
+
+
+def gained(before: dict[str, Any], after: dict[str, Any]) -> dict[str, int]:
+    counters = ("tokens_attended", "tokens_seen", "keys_hashed", "selections_checked")
+    return {name: after[name] - before[name] for name in counters}
+
+
+def assert_codes_and_selections_right(server: Server) -> None:
+    state = server.hata()
+    assert state["stale_codes"] == 0, "a stored code is not the hash of its key"
+    assert state["selections_wrong"] == 0, "a selection is not the oracle's"
+
+
+def test_server_info_says_what_is_active(small: Server) -> None:
+    state = small.hata()
+    assert {name: state[name] for name in ("budget", "bits", "dense_layers", "sink", "recent", "min_context")} == {
+        "budget": "128",
+        "bits": 128,
+        "dense_layers": 2,
+        "sink": 4,
+        "recent": 16,
+        "min_context": 256,
+    }
+    assert state["bytes_per_token"] == (LAYERS - 2) * KV_HEADS * 16
+    lines = [line for line in small.log.read_text().splitlines() if "HATA is active" in line]
+    assert len(lines) == 1 and "1344 bytes a token" in lines[0]
+
+
+def test_a_small_budget_reads_less_and_a_shared_prefix_is_not_hashed_again(small: Server) -> None:
+    rule = HataConfig(budget=str(BUDGET), sink=4, recent=16, min_context=MIN_CONTEXT).budget_rule()
+    small.flush()
+    for number, prompt in enumerate(QUESTIONS):
+        before = small.hata()
+        meta = small.generate(prompt, NEW_TOKENS)["meta_info"]
+        more = gained(before, small.hata())
+
+        # The first new token comes from prefill; each later one from a decode step over all tokens before it.
+        steps = range(meta["prompt_tokens"] + 1, meta["prompt_tokens"] + NEW_TOKENS)
+        seen, kept = sum(steps), sum(rule.of(length) for length in steps)
+        assert more["tokens_seen"] == KV_HEADS * LAYERS * seen
+        assert more["tokens_attended"] == KV_HEADS * (2 * seen + (LAYERS - 2) * kept)
+        assert more["selections_checked"] == len(steps) * (LAYERS - 2) * KV_HEADS
+        assert more["keys_hashed"] == meta["prompt_tokens"] - meta["cached_tokens"] + len(steps)
+        share = more["tokens_attended"] / more["tokens_seen"]
+        print(f"question {number}: {meta['cached_tokens']} of {meta['prompt_tokens']} prompt tokens cached, ", end="")
+        print(f"{more['tokens_attended']:,} of {more['tokens_seen']:,} tokens attended ({share:.1%})")
+        assert share < 0.2
+        if number == 1:
+            shared = small.generate(DOCUMENT, 1)["meta_info"]["prompt_tokens"]
+            assert meta["cached_tokens"] > 0.95 * shared
+    assert_codes_and_selections_right(small)
+
+
+def test_codes_after_eviction(small: Server) -> None:
+    small.generate(QUESTIONS[0], 4)
+    for start in range(3):
+        small.generate(section("compound", start * 8_000, 8_000), 4)
+    again = small.generate(QUESTIONS[0], 4)["meta_info"]
+    assert again["cached_tokens"] < 0.1 * again["prompt_tokens"], "the document was to be evicted"
+    assert_codes_and_selections_right(small)
+
+
+def test_codes_after_retraction_of_a_ragged_batch(small: Server) -> None:
+    def retractions() -> int:
+        return small.log.read_text().count("retracted_reqs")
+
+    before = retractions()
+    prompts = [section("types", 4_000 * i, 700 * (i + 1)) + "\n\nIn short," for i in range(4)]
+    answers = small.generate_at_once(prompts, 24)
+    assert all(answer["meta_info"]["completion_tokens"] == 24 for answer in answers)
+    assert retractions() > before
+    assert_codes_and_selections_right(small)
+
+
+def test_codes_after_abort_and_flush(small: Server) -> None:
+    def ask() -> None:
+        with httpx.Client(base_url=small.url, timeout=600) as http:  # its connection ends with the request
+            request = {"text": PROMPTS[1], "sampling_params": {"max_new_tokens": 500, "ignore_eos": True}}
+            http.post("/generate", json=request)
+
+    steps = small.hata()["decode_steps"]
+    asking = Thread(target=ask)
+    asking.start()
+    while small.hata()["decode_steps"] < steps + 3:
+        time.sleep(0.5)
+    small.abort_all()
+    asking.join(timeout=120)
+    assert not asking.is_alive()
+    assert_codes_and_selections_right(small)
+
+    small.flush()
+    meta = small.generate(QUESTIONS[0], 4)["meta_info"]
+    assert meta["cached_tokens"] == 0
+    assert_codes_and_selections_right(small)
+
+
+def test_the_frontend_program_runs_against_the_server(small: Server) -> None:
+    example = Path(__file__).parents[2] / "rag_demo" / "examples" / "frontend.py"
+    done = subprocess.run(
+        [sys.executable, str(example), "--server", small.url], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Q: ") == 2 and done.stdout.count("A: ") == 2
