@@ -202,9 +202,7 @@ def hata_decode(
     outputs, selected = [], []
     for q, q_codes, request_slots in zip(query, query_codes, slots, strict=True):
         scores = hamming_scores(q_codes, code_cache[request_slots])
-        positions = select_positions(
-            rank_scores(scores, sink, recent), budget.of(len(request_slots))
-        )
+        positions = select_positions(rank_scores(scores, sink, recent), budget.of(len(request_slots)))
         chosen = request_slots[positions]
         outputs.append(attend(q, key_cache[chosen, head], value_cache[chosen, head], scale))
         selected.append(positions)

@@ -100,6 +100,10 @@ class DecodeWorkspace:
         return self.ranks.shape[1]
 
     @property
+    def max_context(self) -> int:
+        return self.ranks.shape[2]
+
+    @property
     def device(self) -> torch.device:
         return self.ranks.device
 

@@ -127,11 +127,6 @@ def answer(
 
 
 def _search(question: str, budget: int, store: Store, embedder: Embedder) -> list[tuple[Passage, float]]:
-    if store.embedder != embedder.name:
-        raise BadRequestError(
-            f"The index was embedded with {store.embedder}, and {embedder.name} is installed: run "
-            "`hata-rag index` on your documents again."
-        )
     # A chunk is seldom under 20 tokens with its heading, so this is more than the budget holds.
     hits = store.search(embedder.embed([question])[0], max(REUSE_HITS, budget // 20))
     if not hits or hits[0][1] < MIN_COSINE:

@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def index(paths: tuple[str, ...], forget: bool, home: Path | None) -> None:
                 raise NothingToReadError(
                     f"Nothing under {shlex.join(paths)} is indexed: `hata-rag status` says what is."
                 )
-            click.echo(f"{count:,} documents dropped")
+            click.echo(f"Documents: {count:,} dropped")
             return
         begun = time.monotonic()
         summary = indexer.index([Path(path) for path in paths]) if paths else indexer.index_reference()
@@ -131,9 +131,10 @@ def index(paths: tuple[str, ...], forget: bool, home: Path | None) -> None:
 )
 @click.option(
     "--model",
+    metavar="FOLDER|ID",
     help="Hugging Face folder or id for the server that is started.  [default: SmolLM2-135M-Instruct]",
 )
-@click.option("--server-args", default="", help='More arguments for that server, as in "--hata-budget 2%".')
+@click.option("--server-args", default="", help="More SGLang arguments for that server, in quotes.")
 @server_option
 @json_option
 @home_option
@@ -174,11 +175,19 @@ def ask(
     options = Options(tokens, max_new_tokens, temperature, follow, fresh)
     place, embedder = Home(home), Embedder()
     with closing(Store(place)) as store:
-        _index_if_empty(store, embedder)
+        _complete_index(store, embedder)
         with closing(Client(server or _started(place, model, server_args))) as client:
             info = client.info()
             prompt = prepare(words, options, place, store, embedder, client, info, _say)
-            result = answer(words, prompt, options, place, client, info, _ignore if as_json else _write)
+            with ExitStack() as waiting:
+                waiting.enter_context(_spinner(f"Reading {len(prompt.passages)} documents"))
+
+                def write(piece: str) -> None:
+                    waiting.close()
+                    if not as_json:
+                        click.echo(piece, nl=False)
+
+                result = answer(words, prompt, options, place, client, info, write)
             if as_json:
                 click.echo(json.dumps(report.answer_object(words, prompt, result, info, client.url), indent=2))
                 return
@@ -224,11 +233,16 @@ def stop(home: Path | None) -> None:
     click.echo(f"Stopped the server at {record.url}" if record else "No server runs")
 
 
-def _index_if_empty(store: Store, embedder: Embedder) -> None:
-    if store.figures()["embedded"]:
-        return
-    _say("Nothing is indexed yet: indexing the Python language reference (`hata-rag index PATH` indexes yours)")
-    _require_something(Indexer(store, embedder, _track, _skip).index_reference(), ())
+def _complete_index(store: Store, embedder: Embedder) -> None:
+    """Index the default corpus if nothing is indexed; finish what an interrupted run left."""
+    figures = store.figures()
+    indexer = Indexer(store, embedder, _track, _skip)
+    if not figures["documents"]:
+        _say("Nothing is indexed yet: indexing the Python language reference (`hata-rag index PATH` indexes yours)")
+        indexer.index_reference()
+    elif figures["embedded"] < figures["chunks"] or figures["embedder"] != embedder.name:
+        _say("The index is not complete: embedding the chunks that are missing")
+        indexer.embed()
 
 
 def _require_something(summary: Summary, paths: Sequence[str]) -> None:
@@ -250,14 +264,6 @@ def _say(line: str) -> None:
 
 def _skip(path: str, reason: str) -> None:
     _say(f"Skipped {path}: {reason}")
-
-
-def _write(piece: str) -> None:
-    click.echo(piece, nl=False)
-
-
-def _ignore(piece: str) -> None:
-    pass
 
 
 def _track(items: Sequence[Any], what: str) -> Iterable[Any]:

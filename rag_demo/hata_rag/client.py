@@ -91,7 +91,7 @@ class Client:
     """An SGLang server at ``url``. Every failure is a ServerError of one sentence."""
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
         self._http = httpx.Client(base_url=self.url, timeout=TIMEOUT)
 
     def close(self) -> None:

@@ -40,7 +40,7 @@ def canonical(passages: Iterable[Passage]) -> tuple[Passage, ...]:
 
 def numbered(number: int, passage: Passage) -> str:
     """A passage as the prompt shows it."""
-    return f"[{number}] {passage.place}\n{passage.text.strip()}\n\n"
+    return f"[{number}] {passage.title}\n{passage.text.strip()}\n\n"
 
 
 def messages(passages: Sequence[Passage], turns: Sequence[Turn], question: str) -> list[Message]:

@@ -102,11 +102,11 @@ class Indexer:
                 self._skip(path, reason)
         self._store.remove(before)
         summary.deleted = len(before)
-        summary.embedded = self._embed()
+        summary.embedded = self.embed()
         return summary
 
-    def _embed(self) -> int:
-        """Embed every chunk that has no vector, those of an interrupted run included; returns how many."""
+    def embed(self) -> int:
+        """Embed every chunk that has no vector, those of an interrupted run or another embedder included."""
         self._store.use_embedder(self._embedder.name)
         # Chunks of like length share a batch, because a batch is padded to its longest.
         pending = sorted(self._store.pending().items(), key=lambda item: len(item[1]))

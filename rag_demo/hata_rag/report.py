@@ -75,9 +75,9 @@ def figure_line(answer: Answer) -> str:
 def summary_line(summary: Summary, seconds: float) -> str:
     """What a run of indexing did."""
     return (
-        f"{summary.read:,} documents ({summary.added:,} added, {summary.changed:,} changed, "
-        f"{summary.unchanged:,} unchanged), {summary.deleted:,} deleted, {len(summary.skipped):,} skipped; "
-        f"{summary.embedded:,} chunks embedded in {seconds:.1f} s"
+        f"Documents: {summary.added:,} added, {summary.changed:,} changed, {summary.unchanged:,} unchanged, "
+        f"{summary.deleted:,} deleted, {len(summary.skipped):,} skipped; "
+        f"chunks embedded: {summary.embedded:,}; {seconds:.1f} s"
     )
 
 

@@ -12,6 +12,7 @@ import json
 import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hata_rag.chunks import Chunk
@@ -53,10 +54,15 @@ class Passage:
     page: int | None = None
 
     @property
-    def place(self) -> str:
-        """Where a person finds it: path, headings and page."""
+    def title(self) -> str:
+        """What it is about, for the model: file name, headings and page."""
         page = f", page {self.page}" if self.page else ""
-        return " > ".join((self.path, *self.headings)) + page
+        return " > ".join((Path(self.path).name, *self.headings)) + page
+
+    @property
+    def place(self) -> str:
+        """Where a person finds it: the title with the whole path."""
+        return str(Path(self.path).parent / self.title) if "/" in self.path else self.title
 
 
 class Store:

@@ -20,9 +20,7 @@ from sglang_hata.verify import wrong_selections
 
 @pytest.fixture
 def cache() -> CodeCache:
-    projections = {
-        layer: torch.stack([random_rotation(layer, head, 64, 128) for head in range(3)]) for layer in (2, 3)
-    }
+    projections = {layer: torch.stack([random_rotation(layer, head, 64, 128) for head in range(3)]) for layer in (2, 3)}
     return CodeCache(50, projections)
 
 
@@ -111,16 +109,12 @@ def test_counters_count_dense_layers_in_full() -> None:
 
 class TestWeightsFolder:
     identity = artifact.Identity("tiny", layers=4, dense_layers=1, kv_heads=2, head_dim=64, bits=256, tool="test")
-    model = SimpleNamespace(
-        num_hidden_layers=4, head_dim=64, get_total_num_kv_heads=lambda: 2, model_path="some/model"
-    )
+    model = SimpleNamespace(num_hidden_layers=4, head_dim=64, get_total_num_kv_heads=lambda: 2, model_path="some/model")
 
     @pytest.fixture
     def projections(self) -> dict[int, torch.Tensor]:
         rng = np.random.default_rng(0)
-        return {
-            layer: torch.from_numpy(rng.integers(-127, 128, (2, 64, 256), dtype=np.int8)) for layer in (1, 2, 3)
-        }
+        return {layer: torch.from_numpy(rng.integers(-127, 128, (2, 64, 256), dtype=np.int8)) for layer in (1, 2, 3)}
 
     def test_what_is_saved_is_served(self, tmp_path, projections) -> None:
         artifact.save(tmp_path, self.identity, projections)

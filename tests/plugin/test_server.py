@@ -12,10 +12,10 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import Server, serving
-from texts import PROMPTS, section
 
+from serving import Server, serving
 from sglang_hata.config import HataConfig
+from texts import PROMPTS, section
 
 pytestmark = pytest.mark.server
 

@@ -59,7 +59,9 @@ def test_index_reports_and_skips(run: Run, notes: Path) -> None:
     (notes / "photo.jpg").write_bytes(b"\0")
     result = run("index", notes)
     assert result.exit_code == 0
-    assert result.stdout.startswith("3 documents (3 added, 0 changed, 0 unchanged), 0 deleted, 1 skipped; 3 chunks")
+    assert result.stdout.startswith(
+        "Documents: 3 added, 0 changed, 0 unchanged, 0 deleted, 1 skipped; chunks embedded: 3;"
+    )
     assert result.stderr == f"Skipped {notes}/photo.jpg: it is binary\n"
 
 
@@ -67,8 +69,8 @@ def test_index_without_a_path_reads_the_python_reference(run: Run, monkeypatch: 
     from pydoc_data.topics import topics
 
     monkeypatch.setattr("pydoc_data.topics.topics", {"lambda": topics["lambda"]})
-    assert run("index").stdout.startswith("1 documents (1 added")
-    assert run("index", "--forget", "python:").stdout == "1 documents dropped\n"
+    assert run("index").stdout.startswith("Documents: 1 added")
+    assert run("index", "--forget", "python:").stdout == "Documents: 1 dropped\n"
     assert run("index", "--forget", "python:").exit_code == 3
 
 
@@ -157,7 +159,7 @@ def test_the_prompt_never_exceeds_the_room(run: Run, indexed: Path, fake: FakeSe
 
 
 def test_the_budget_of_documents_is_kept(run: Run, indexed: Path, fake: FakeServer) -> None:
-    answer = ask(run, "--tokens", "180", "How long does sourdough ferment?")
+    answer = ask(run, "--tokens", "120", "How long does sourdough ferment?")
     assert [Path(source["path"]).name for source in answer["retrieved"]] == ["bread.md"]
 
 
@@ -195,6 +197,13 @@ def test_nothing_readable(run: Run, tmp_path: Path) -> None:
     result = run("index", tmp_path / "photo.jpg")
     assert result.exit_code == 3
     assert "No document could be read" in result.stderr
+
+
+def test_ask_finishes_an_interrupted_index(run: Run, indexed: Path, fake: FakeServer, store: Store) -> None:
+    store.use_embedder("another 1.0")
+    result = run("ask", "How long does the starter ferment?")
+    assert result.exit_code == 0
+    assert "The index is not complete" in result.stderr
 
 
 def test_nothing_to_answer_from(run: Run, indexed: Path, fake: FakeServer) -> None:
