@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hata_kernels.launch import FLOAT_DTYPES, INDEX_DTYPES, check_tensor
+from hata_kernels.launch import FLOAT_DTYPES, INDEX_DTYPES, aligned, check_tensor
 from hata_kernels.reference import MAX_BIASED_EXPONENT, MIN_BIASED_EXPONENT, ROW_EXPONENT, WORD_BITS
 
 MIN_EXPONENT = tl.constexpr(MIN_BIASED_EXPONENT)
@@ -205,6 +205,7 @@ def hash_rows(x: Tensor, projection: Tensor, out: Tensor, loc: Tensor | None = N
     if N == 0:
         return out
 
+    x = aligned(x)
     rows = N * G
     BD = triton.next_power_of_2(D)
     BM = FEW_ROWS if rows <= 4 * FEW_ROWS else MANY_ROWS
@@ -266,6 +267,7 @@ def hash_decode_step(
     if B == 0:
         return
 
+    q, k = aligned(q), aligned(k)
     rows = B * (G + 1)
     BM = FEW_ROWS if rows <= 4 * FEW_ROWS else MANY_ROWS
     # A small batch is bound by latency: one word of bits a program spreads it over more multiprocessors.

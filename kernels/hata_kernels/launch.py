@@ -77,6 +77,18 @@ def check_tensor(
         raise ValueError(f"{name}: last dimension has stride {tensor.stride(-1)}, expected 1")
 
 
+def aligned(x: Tensor) -> Tensor:
+    """``x`` [N, heads, D], copied if its rows do not all start on 16-element boundaries.
+
+    For correctness, not for speed. Without that alignment Triton 3.6 spreads a row over the warps of a program one
+    element at a time, and the hash kernels, compiled so for sm_90, return wrong codes; the cause was not found. What
+    models produce, slices of a fused qkv among it, is aligned and is read in place.
+    """
+    if x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:-1]):
+        return x
+    return x.contiguous()
+
+
 @cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 for the interpreter."""
