@@ -58,6 +58,4 @@ def engine_arguments() -> dict[str, object]:
     if gpu_present():
         return {}
     named = {flag.removeprefix("--").replace("-", "_"): value for flag, value in SERVER_ARGUMENTS.items()}
-    return {
-        name: True if value is None else int(value) if value.isdigit() else value for name, value in named.items()
-    }
+    return {name: True if value is None else int(value) if value.isdigit() else value for name, value in named.items()}
