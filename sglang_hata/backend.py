@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SHORTEST_ROOM = 1024  # tokens that the first eager buffers hold, a multiple of every alignment in them
+
 
 class SparseDecoder(Protocol):
     """How a layer's sparse decode is computed: by the specification on a CPU, by kernels on a GPU."""
@@ -312,7 +314,7 @@ class KernelDecoder:
                 return self.eager
             batch, longest = max(batch, room.max_batch), max(longest, room.max_context)
             self.eager = None  # frees its buffers before the larger ones are taken
-        doubled = min(1 << (longest - 1).bit_length(), self.max_context)
+        doubled = min(max(1 << (longest - 1).bit_length(), SHORTEST_ROOM), self.max_context)
         self.eager = self._attention(1 << (batch - 1).bit_length(), doubled, use_cuda_graph=False)
         return self.eager
 
@@ -334,7 +336,8 @@ class KernelDecoder:
         backend, workspace = self.backend, self.attention.workspace
         step, H = backend.step, backend.codes.kv_heads
         slots = backend.slots_of(batch)
-        rows = workspace.indices.split([kept for kept in step.kept for _ in range(H)] + [-1])
+        sizes = [kept for kept in step.kept for _ in range(H)]
+        rows = workspace.indices[: sum(sizes)].split(sizes)
         backend.check_selections(
             layer,
             workspace.q_codes[: len(slots)],

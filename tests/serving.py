@@ -20,8 +20,9 @@ from sglang_hata.cpu import gpu_present
 
 START_SECONDS = 600
 NEW_TOKENS = 32
-# Logits are bf16 sums taken in another order: two tokens this near to each other may change places.
-TIE = 0.1
+# Logits are bf16, and between 16 and 32, where this model's best ones lie, bf16 numbers are 0.125 apart: sums taken in
+# another order may make two tokens that are one such step apart change places.
+TIE = 0.125
 # What the machine at hand needs, "--attention-backend flashinfer" say.
 EXTRA_FLAGS = os.environ.get("HATA_TEST_SERVER_FLAGS", "").split()
 
@@ -40,12 +41,12 @@ class Server:
         self.log = log
 
     def generate(self, prompt: str | list[str], new_tokens: int, **fields: Any) -> Any:
-        """Greedy continuation, with the log probabilities of the two best tokens at every step."""
+        """Greedy continuation, with the log probabilities of the five best tokens at every step."""
         request = {
             "text": prompt,
             "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
             "return_logprob": True,
-            "top_logprobs_num": 2,
+            "top_logprobs_num": 5,
         }
         response = self.http.post("/generate", json=request | fields)
         response.raise_for_status()
@@ -137,12 +138,13 @@ def first_difference(one: Any, other: Any) -> int | None:
 
 
 def assert_same_text(dense: Any, hata: Any) -> None:
-    """Equal texts, or a first difference at which dense itself had two tokens tied within bf16 noise."""
+    """Equal texts, or a first difference at which dense itself had the two tokens tied within bf16 noise."""
     step = first_difference(dense, hata)
     if step is None:
         assert dense["text"] == hata["text"]
         return
-    (best, _, _), (second, token, text) = dense["meta_info"]["output_top_logprobs"][step][:2]
-    chosen = hata["meta_info"]["output_token_logprobs"][step]
-    print(f"step {step}: dense's two best tokens are {best - second:.4f} apart; HATA chose {chosen[2]!r}")
-    assert chosen[1] == token and best - second <= TIE, f"{text!r} was {best - second} behind: not a tie"
+    ranked = {token: logprob for logprob, token, _ in dense["meta_info"]["output_top_logprobs"][step]}
+    chosen = hata["meta_info"]["output_token_logprobs"][step][1]
+    behind = max(ranked.values()) - ranked.get(chosen, float("-inf"))
+    print(f"step {step}: for dense, the token that the other chose is {behind:.4f} behind its own")
+    assert behind <= TIE + 1e-3
