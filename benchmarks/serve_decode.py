@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import signal
 import socket
 import statistics
@@ -142,7 +143,7 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]], state: dict[str,
     report = {
         "gpu": gpu,
         "versions": {package: version(package) for package in packages},
-        "command": " ".join(["python", "-m", "benchmarks.serve_decode", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.serve_decode", *sys.argv[1:]]),
         "shape": args.shape,
         "hata": {name: state[name] for name in ("budget", "bits", "dense_layers", "sink", "recent", "min_context")},
         "rows": rows,

@@ -186,10 +186,23 @@ def test_verification_needs_eager_steps_on_a_gpu() -> None:
     check_settings(SimpleNamespace(**HARMLESS | {"disable_cuda_graph": True}), HataConfig(verify=True))
 
 
-def test_a_refused_command_line_exits_with_its_sentence_and_no_traceback(model: Path) -> None:
-    launcher = ["sglang.launch_server"] if gpu_present() else ["sglang_hata.cpu", "serve"]
-    command = [sys.executable, "-m", *launcher, "--model-path", str(model), "--hata", "--enable-hierarchical-cache"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+LAUNCHERS = {
+    "launch_server": ["-m", "sglang.launch_server"],
+    "sglang serve": ["-c", "from sglang.cli.main import main; main()", "serve"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
+def test_a_refused_command_line_exits_with_its_sentence_and_no_traceback(model: Path, launcher: list[str]) -> None:
+    arguments = ["--model-path", str(model), "--hata", "--enable-hierarchical-cache"]
+    done = subprocess.run(
+        [sys.executable, *launcher, *(arguments if gpu_present() else server_arguments(arguments))],
+        env=dict(os.environ) if gpu_present() else environment(os.environ),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 1
     assert "--hata cannot run with --enable-hierarchical-cache" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and "Load weight" not in done.stdout + done.stderr

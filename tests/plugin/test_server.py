@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -153,9 +154,21 @@ def test_codes_after_abort_and_flush(small: Server) -> None:
 
 
 def test_the_frontend_program_runs_against_the_server(small: Server) -> None:
-    example = Path(__file__).parents[2] / "rag_demo" / "examples" / "frontend.py"
-    done = subprocess.run(
-        [sys.executable, str(example), "--server", small.url], capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Q: ") == 2 and done.stdout.count("A: ") == 2
+    done = run_example("frontend.py", "--server", small.url)
+    assert done.count("Q: ") == 2 and done.count("A: ") == 2
+
+
+def test_the_engine_takes_hata_as_a_keyword(model: Path) -> None:
+    first, second, state = (json.loads(line) for line in run_example("engine.py", str(model)).splitlines())
+    assert first["cached"] == 0 and second["cached"] > 0.95 * first["prompt"]
+    assert first["answer"] and state["budget"] == "256" and state["min_context"] == 512
+    assert 0 < state["tokens_attended"] < 0.5 * state["tokens_seen"]
+
+
+def run_example(name: str, *arguments: str) -> str:
+    """What a program in rag_demo/examples prints, run as its own text says."""
+    program = [str(Path(__file__).parents[2] / "rag_demo" / "examples" / name), *arguments]
+    python = [sys.executable] if gpu_present() else [sys.executable, "-m", "sglang_hata.cpu", "python"]
+    done = subprocess.run([*python, *program], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
