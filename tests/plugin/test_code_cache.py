@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hata_kernels.reference import hamming_scores, hash_codes, rank_scores, select_positions
 from hata_weights import artifact
 from hata_weights.rotation import random_rotation
+from sglang_hata import compat
 from sglang_hata.code_cache import CodeCache
 from sglang_hata.config import HataConfig, HataError
 from sglang_hata.projections import rank_kv_heads, rank_projections
@@ -45,6 +46,16 @@ def test_codes_follow_their_keys(cache: CodeCache) -> None:
 def test_cost_of_codes(cache: CodeCache) -> None:
     assert cache.bytes_per_token == 2 * 3 * 16
     assert cache.size_bytes() == 50 * cache.bytes_per_token
+
+
+def test_the_kv_pool_is_sized_with_its_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "tensor_parallel", lambda: (0, 2))
+    model = SimpleNamespace(get_num_kv_heads=lambda ranks: 8 // ranks)
+    with_hata = SimpleNamespace(**{compat.STAMP: HataConfig().to_dict() | {"command_line": True}})
+    kvc = SimpleNamespace(server_args=with_hata, model_config=model)
+    assert compat._add_code_bytes(1000, None, kvc, 32) == 1000 + 30 * 4 * 16
+    kvc.server_args = SimpleNamespace()
+    assert compat._add_code_bytes(1000, None, kvc, 32) == 1000, "without --hata nothing changes"
 
 
 def test_rotations_are_orthogonal_fixed_and_distinct() -> None:
