@@ -67,8 +67,8 @@ FLAGS = (
     Flag(
         "hata_min_context",
         "N",
-        "Requests of at most N cached tokens attend to all of them. Default 4096: below that, dense decode is "
-        "about as fast. Their codes are stored all the same.",
+        "Requests of at most N cached tokens attend to all of them; their codes are stored all the same. Default "
+        "4096, twice the default budget: leaving out less than half is not worth choosing.",
     ),
     Flag(
         "hata_verify",

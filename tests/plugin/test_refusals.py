@@ -11,7 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from hata_weights import artifact
 from sglang_hata.config import HataConfig, HataError
 from sglang_hata.cpu import environment, gpu_present, server_arguments
 from sglang_hata.refusals import SETTINGS, check_settings
@@ -126,6 +128,10 @@ def answers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         folder = tmp_path_factory.mktemp(name)
         (folder / "config.json").write_text(json.dumps(LLAMA | config))
         cases[name] = (["--hata", "--model-path", str(folder), "--skip-tokenizer-init"], {})
+    weights = tmp_path_factory.mktemp("weights")
+    identity = artifact.Identity("another", layers=3, dense_layers=2, kv_heads=3, head_dim=64, bits=128, tool="tests")
+    artifact.save(weights, identity, {2: torch.zeros(3, 64, 128, dtype=torch.int8)})
+    cases["weights"] = ([*serve, "--hata-weights", str(weights)], {})
     cases["without-hata"] = (["--model-path", str(model), "--hata-budget", "512"], {})
     return dict(zip(cases, ask(list(cases.values())), strict=True))
 
@@ -136,6 +142,7 @@ def answers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         *((name, sentence) for name, (_, sentence) in CASES.items()),
         *ENVIRONMENT_CASES.items(),
         *((name, sentence) for name, (_, sentence) in MODELS.items()),
+        ("weights", "are for another with layers 3, but"),
         ("without-hata", "--hata-budget has no effect without --hata"),
     ],
 )
