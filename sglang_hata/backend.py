@@ -138,6 +138,9 @@ class HataBackend(AttentionBackend):
         if selects:
             self.sparse.plan(self.step, in_graph)
         if not captured:
+            if self.state.decode_steps == 0:
+                # All tokens but the current one, whose key is still to come.
+                self.codes.require_fresh(self.slots_of(batch)[0][:-1], self.pool.get_key_buffer)
             self._count(selects)
 
     @property

@@ -6,12 +6,13 @@ hashed once, by the request that first computed it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from hata_kernels.reference import hash_codes
+from sglang_hata.config import HataError
 
 # Slot 0 takes the writes of padding rows, of several at a time and in no order: nothing ever reads it.
 PADDING_SLOT = 0
@@ -67,6 +68,26 @@ class CodeCache:
         """Copies codes from slot to slot, as the pool does with keys and values."""
         for codes in self.codes.values():
             codes[target] = codes[source]
+
+    def require_fresh(self, slots: Tensor, key_buffer: Callable[[int], Tensor]) -> None:
+        """Checks the codes of some cached tokens in every layer.
+
+        Asked once, at a server's first decode step: a model that writes its keys by kernels of its own, past the
+        KV pool, would otherwise be served with the codes of other keys, and answer wrongly without a word.
+
+        Args:
+            slots: [N], of tokens whose keys are cached.
+            key_buffer: the key buffer of a layer, [slots, H, D].
+
+        Raises:
+            HataError: a code is not the hash of its key.
+        """
+        for layer, codes in self.codes.items():
+            if not torch.equal(hash_codes(key_buffer(layer)[slots], self.projections[layer]), codes[slots]):
+                raise HataError(
+                    f"--hata cannot serve this model: the keys of layer {layer} reach the KV cache by a way that "
+                    "leaves out their codes; remove --hata, and please report the model."
+                )
 
     def stale(self, layer: int, keys: Tensor, rows: int = 8192) -> int:
         """How many slots of a layer hold a code that is not the hash of their key; 0 unless something is broken.

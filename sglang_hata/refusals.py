@@ -15,7 +15,7 @@ from sglang_hata.config import HataConfig, HataError
 
 # Dense attention for prefill and for the first layers: backends whose K goes through the KV pool's set_kv_buffer.
 DENSE_BACKENDS = {"cuda": ("flashinfer", "fa3", "triton"), "cpu": ("torch_native",)}
-KV_DTYPES = ("auto", "bf16", "bfloat16", "fp16", "float16", "half")
+KV_DTYPES = ("auto", "bf16", "bfloat16")
 MAX_HEAD_DIM = 256
 
 
@@ -66,7 +66,7 @@ SETTINGS = (
         (None, "null"),
         "keys sent between prefill and decode servers would come without their codes; serve both on one.",
     ),
-    Refusal("kv_cache_dtype", KV_DTYPES, "keys must be 16-bit; use auto, bf16 or fp16."),
+    Refusal("kv_cache_dtype", KV_DTYPES, "keys must be cached as they are hashed; use auto."),
     Refusal("prefill_only_disable_kv_cache", (False, None), "there is no KV cache to select from; remove it."),
     Refusal("enable_page_major_kv_layout", (False, None), "codes follow the slot-major layout; remove it."),
     Refusal("enable_unified_memory", (False, None), "codes follow SGLang's plain KV pool; remove it."),

@@ -43,6 +43,18 @@ def test_codes_follow_their_keys(cache: CodeCache) -> None:
     assert cache.stale(2, keys, rows=7) == 1
 
 
+def test_keys_that_came_past_their_codes_stop_the_first_step(cache: CodeCache) -> None:
+    slots = torch.tensor([5, 6, 9])
+    keys = {layer: torch.zeros(50, 3, 64) for layer in (2, 3)}
+    for layer, buffer in keys.items():
+        buffer[slots] = torch.randn(3, 3, 64)
+        cache.write(layer, slots, buffer[slots])
+    cache.require_fresh(slots, keys.__getitem__)
+    keys[3][6] = torch.randn(3, 64)
+    with pytest.raises(HataError, match="the keys of layer 3 reach the KV cache by a way that leaves out their codes"):
+        cache.require_fresh(slots, keys.__getitem__)
+
+
 def test_cost_of_codes(cache: CodeCache) -> None:
     assert cache.bytes_per_token == 2 * 3 * 16
     assert cache.size_bytes() == 50 * cache.bytes_per_token
