@@ -4,7 +4,8 @@
 
 A case is CONTEXTxBATCH. The model is a shape with dummy weights, so nothing is downloaded and answers mean nothing.
 Prompts are random tokens, in the prefix cache before the clock starts; a request for few and one for many new tokens
-are timed in turn, and their difference is the cost of the tokens between, free of prefill. Writes the medians to
+are timed in turn, and their difference is the cost of the tokens between, free of prefill. Beside each time stands its
+floor: the bytes that a step must read over the GPU's copy bandwidth, measured in the same run. Writes the medians to
 benchmarks/results/serve_decode-GPU.json.
 """
 
@@ -73,11 +74,13 @@ def main() -> None:
                 measured[mode] = [time_per_token(server, context, batch, args.repeats) for context, batch in cases]
                 if mode == "hata":
                     state = server.get("/server_info").json()["internal_states"][0]["hata"]
-    rows = [
-        {"context": context, "batch": batch, "dense_tpot_ms": dense, "hata_tpot_ms": hata, "ratio": dense / hata}
-        for (context, batch), dense, hata in zip(cases, measured["dense"], measured["hata"], strict=True)
-    ]
-    write(args, rows, state)
+    bandwidth = copy_bandwidth()
+    rows = []
+    for (context, batch), dense, hata in zip(cases, measured["dense"], measured["hata"], strict=True):
+        least = {mode: 1e3 * size / bandwidth for mode, size in bytes_read(args.shape, context, batch, state).items()}
+        row = {"context": context, "batch": batch, "dense_tpot_ms": dense, "hata_tpot_ms": hata, "ratio": dense / hata}
+        rows.append(row | {"dense_floor_ms": least["dense"], "hata_floor_ms": least["hata"]})
+    write(args, rows, state, bandwidth)
 
 
 def time_per_token(server: httpx.Client, context: int, batch: int, repeats: int) -> float:
@@ -101,6 +104,40 @@ def generate(server: httpx.Client, prompts: list[list[int]], new_tokens: int) ->
     for answer in answers.raise_for_status().json():
         assert answer["meta_info"]["completion_tokens"] == new_tokens
     return seconds
+
+
+def bytes_read(shape: str, context: int, batch: int, state: dict[str, Any]) -> dict[str, float]:
+    """The fewest bytes that a decode step reads: all weights but the input embedding, and each request's cache."""
+    model = SHAPES[shape]
+    hidden, layers, head_dim = model["hidden_size"], model["num_hidden_layers"], model["head_dim"]
+    kv_heads = model["num_key_value_heads"]
+    attention = 2 * hidden * head_dim * (model["num_attention_heads"] + kv_heads)
+    weights = 2 * (layers * (attention + 3 * hidden * model["intermediate_size"]) + hidden * model["vocab_size"])
+    kv = batch * context * kv_heads * 4 * head_dim  # of one layer
+    sparse = layers - state["dense_layers"]
+    kept = float(state["budget"].rstrip("%")) / 100 if "%" in state["budget"] else int(state["budget"]) / context
+    codes = batch * context * kv_heads * state["bits"] / 8
+    return {
+        "dense": weights + layers * kv,
+        "hata": weights + state["dense_layers"] * kv + sparse * (codes + min(kept, 1) * kv),
+    }
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a large device-to-device copy, read and written ones counted; after the servers have ended."""
+    import torch
+
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(10):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return 2 * source.nbytes / statistics.median(times)
 
 
 @contextmanager
@@ -135,7 +172,7 @@ def wait_until_healthy(client: httpx.Client, process: subprocess.Popen[bytes]) -
     raise SystemExit("The server did not start; its log is above.")
 
 
-def write(args: argparse.Namespace, rows: list[dict[str, Any]], state: dict[str, Any]) -> None:
+def write(args: argparse.Namespace, rows: list[dict[str, Any]], state: dict[str, Any], bandwidth: float) -> None:
     import torch
 
     gpu = torch.cuda.get_device_name()
@@ -145,17 +182,19 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]], state: dict[str,
         "versions": {package: version(package) for package in packages},
         "command": shlex.join(["python", "-m", "benchmarks.serve_decode", *sys.argv[1:]]),
         "shape": args.shape,
+        "copy_bandwidth_tb_s": bandwidth / 1e12,
         "hata": {name: state[name] for name in ("budget", "bits", "dense_layers", "sink", "recent", "min_context")},
         "rows": rows,
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"serve_decode-{gpu.replace(' ', '-').lower()}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"{gpu}, {args.shape}, budget {args.budget}")
-    print("context  batch  dense ms  HATA ms  ratio")
+    print(f"{gpu}, {args.shape}, budget {args.budget}; floors at {bandwidth / 1e12:.2f} TB/s")
+    print("context  batch  dense ms (floor)  HATA ms (floor)  ratio")
     for row in rows:
         dense, hata = row["dense_tpot_ms"], row["hata_tpot_ms"]
-        print(f"{row['context']:7}  {row['batch']:5}  {dense:8.2f}  {hata:7.2f}  {row['ratio']:5.2f}")
+        print(f"{row['context']:7}  {row['batch']:5}  {dense:8.2f} ({row['dense_floor_ms']:5.2f})", end="")
+        print(f"  {hata:7.2f} ({row['hata_floor_ms']:5.2f})  {row['ratio']:5.2f}")
     print(path)
 
 
