@@ -1,8 +1,9 @@
 """Every place where this plugin touches SGLang, for 0.5.16 to 0.5.23. Nothing else here imports its internals.
 
-`HOOKS` is the ledger: what is hooked, the symptom without it, and when the entry can go. Beyond it, `backend.py`
-follows SGLang's documented AttentionBackend contract, and the functions at the end of this file read the few values
-that the two versions keep in different places.
+`LAUNCHER_HOOKS` and `SCHEDULER_HOOKS` are the ledger: what is hooked, the symptom without it, and when the entry can
+go. Beyond it, `backend.py` follows SGLang's documented AttentionBackend contract, and the functions at the end of this
+file read the few values that the two versions keep in different places. It is one long file so that a new SGLang is
+one file's work.
 
 Processes: the launcher (or `sgl.Engine`'s program) parses flags and refuses what cannot work; each scheduler process
 builds pool and backend. Settings travel from one to the other as a plain dict on ServerArgs, which is pickled before
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
-import logging
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping
@@ -24,8 +24,6 @@ from typing import Any
 
 from sglang_hata.config import FLAGS, HataConfig, HataError
 from sglang_hata.refusals import check_model, check_settings
-
-logger = logging.getLogger("sglang_hata")
 
 BACKEND = "hata"
 STAMP = "_hata"  # underscored: the one kind of attribute that both versions let a plugin set on ServerArgs
@@ -178,7 +176,7 @@ def _check_server_args(_result: None, args: Any) -> None:
     try:
         settings, model = _resolved(args)
         check_settings(settings, config)
-        check_model(model, config, settings.device)
+        check_model(model, config, settings.device, _has_state_space_layers(model))
         check_identity(config, model)
     except HataError as error:
         if getattr(args, STAMP)["command_line"]:
@@ -193,6 +191,12 @@ def _resolved(args: Any) -> tuple[Any, Any]:
     except ImportError:
         return args, args.get_model_config()
     return resolving_view(args), model_config_of(args)
+
+
+def _has_state_space_layers(model: Any) -> bool:
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+
+    return mambaish_config(model) is not None
 
 
 def _accept_engine_keywords() -> None:

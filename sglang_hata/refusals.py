@@ -113,7 +113,7 @@ def check_settings(settings: Any, config: HataConfig) -> None:
 
 
 def check_device(settings: Any) -> None:
-    """Raises HataError unless the device and its dense attention backend are ones that HATA was tested with."""
+    """Raises HataError unless HATA runs on the device and its dense backend writes keys through the KV pool."""
     device = settings.device
     if device not in DENSE_BACKENDS:
         raise HataError(f"--hata cannot run on --device {device}: it runs on cuda, and on cpu for trying it out.")
@@ -126,9 +126,15 @@ def check_device(settings: Any) -> None:
         )
 
 
-def check_model(model: Any, config: HataConfig, device: str) -> None:
-    """Raises HataError for a model that HATA cannot serve; ``model`` is SGLang's ModelConfig."""
-    for applies, sentence in (*_model_refusals(), *(_kernel_refusals() if device == "cuda" else ())):
+def check_model(model: Any, config: HataConfig, device: str, state_space_layers: bool) -> None:
+    """Raises HataError for a model that HATA cannot serve.
+
+    Args:
+        model: SGLang's ModelConfig.
+        device: where it is to be served.
+        state_space_layers: whether SGLang keeps state-space or linear attention for some of its layers.
+    """
+    for applies, sentence in (*_model_refusals(state_space_layers), *(_kernel_refusals() if device == "cuda" else ())):
         if applies(model):
             raise HataError(f"--hata cannot serve {model.model_path}: {sentence}")
     if config.dense_layers >= model.num_hidden_layers:
@@ -144,7 +150,7 @@ def check_model(model: Any, config: HataConfig, device: str) -> None:
         )
 
 
-def _model_refusals() -> Iterator[tuple[Callable[[Any], bool], str]]:
+def _model_refusals(state_space_layers: bool) -> Iterator[tuple[Callable[[Any], bool], str]]:
     yield (
         lambda m: m.attention_arch.name == "MLA",
         "its attention is MLA, which caches one latent a token and no keys by head; HATA needs MHA or GQA.",
@@ -162,7 +168,7 @@ def _model_refusals() -> Iterator[tuple[Callable[[Any], bool], str]]:
         "some of its layers attend to a sliding window; HATA needs full attention in every layer.",
     )
     yield (
-        _has_linear_layers,
+        lambda m: state_space_layers or _has_linear_layers(m),
         "some of its layers are linear attention or state space; HATA needs attention in every layer.",
     )
     yield (
@@ -199,8 +205,4 @@ def _kernel_refusals() -> Iterator[tuple[Callable[[Any], bool], str]]:
 
 def _has_linear_layers(model: Any) -> bool:
     kinds = getattr(model.hf_text_config, "layer_types", None) or ()
-    if any(kind != "full_attention" for kind in kinds):
-        return True
-    from sglang.srt.configs.hybrid_arch import mambaish_config
-
-    return mambaish_config(model) is not None
+    return any(kind != "full_attention" for kind in kinds)
