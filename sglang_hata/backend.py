@@ -19,6 +19,7 @@ from hata_kernels.decode import select_tokens
 from hata_kernels.reference import hash_codes, hata_decode
 from hata_kernels.workspace import DecodeWorkspace
 from sglang_hata import compat
+from sglang_hata.code_cache import PADDING_SLOT
 from sglang_hata.config import HataError
 from sglang_hata.verify import wrong_selections
 
@@ -94,6 +95,7 @@ class HataBackend(AttentionBackend):
         self.layers = self.pool.layer_num
         self.sparse: SparseDecoder = KernelDecoder(self, runner) if self.slot_table.is_cuda else SpecifiedDecoder(self)
         self.step = Step([], [])
+        self.checked = False
         if compat.tensor_parallel()[0] == 0:
             logger.info("%s", self.describe())
 
@@ -138,10 +140,17 @@ class HataBackend(AttentionBackend):
         if selects:
             self.sparse.plan(self.step, in_graph)
         if not captured:
-            if self.state.decode_steps == 0:
-                # All tokens but the current one, whose key is still to come.
-                self.codes.require_fresh(self.slots_of(batch)[0][:-1], self.pool.get_key_buffer)
+            if not self.checked:
+                self._check_codes(batch)
             self._count(selects)
+
+    def _check_codes(self, batch: ForwardBatch) -> None:
+        """At the first decode step of a real request: have its keys come with their codes?"""
+        slots = self.slots_of(batch)[0][:-1]  # the current token's key is still to come
+        slots = slots[slots != PADDING_SLOT]  # which is all that SGLang's own dummy batches have
+        if len(slots) > 0:
+            self.codes.require_fresh(slots, self.pool.get_key_buffer)
+            self.checked = True
 
     @property
     def selects(self) -> bool:
