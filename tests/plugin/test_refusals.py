@@ -98,19 +98,24 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def ask(cases: list[tuple[list[str], dict[str, str]]]) -> list[str]:
-    """The launcher's answers, from one process for all cases."""
-    program = Path(__file__).with_name("refusals_program.py")
-    adapt = list if gpu_present() else server_arguments
-    done = subprocess.run(
-        [sys.executable, str(program)],
-        input=json.dumps([(adapt(arguments), variables) for arguments, variables in cases]),
+def python(program: list[str], arguments: list[str], given: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a program of SGLang's with a server's arguments, adapted to a machine without a GPU where it is one."""
+    return subprocess.run(
+        [sys.executable, *program, *(arguments if gpu_present() else server_arguments(arguments))],
+        input=given,
         env=dict(os.environ) if gpu_present() else environment(os.environ),
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
     )
+
+
+def ask(cases: list[tuple[list[str], dict[str, str]]]) -> list[str]:
+    """The launcher's answers, from one process for all cases."""
+    adapt = list if gpu_present() else server_arguments
+    program = [str(Path(__file__).with_name("refusals_program.py"))]
+    done = python(program, [], json.dumps([(adapt(arguments), variables) for arguments, variables in cases]))
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('"')]
     assert len(answers) == len(cases), done.stderr[-4000:]
     return answers
@@ -201,52 +206,29 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
 def test_a_refused_command_line_exits_with_its_sentence_and_no_traceback(model: Path, launcher: list[str]) -> None:
-    arguments = ["--model-path", str(model), "--hata", "--enable-hierarchical-cache"]
-    done = subprocess.run(
-        [sys.executable, *launcher, *(arguments if gpu_present() else server_arguments(arguments))],
-        env=dict(os.environ) if gpu_present() else environment(os.environ),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = python(launcher, ["--model-path", str(model), "--hata", "--enable-hierarchical-cache"])
     assert done.returncode == 1
     assert "--hata cannot run with --enable-hierarchical-cache" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and "Load weight" not in done.stdout + done.stderr
 
 
 BROKEN = """
-import sys
 from sglang_hata import compat
-hook = compat.LAUNCHER_HOOKS[0]
 compat.LAUNCHER_HOOKS += (compat.Hook("sglang.srt.server_args.ServerArgs.gone", "AFTER", print, (), "", ""),)
-sys.argv = ["launch_server", *sys.argv[1:]]
 import runpy
 runpy.run_module("sglang.launch_server", run_name="__main__")
 """
 
 
 def test_a_plugin_that_failed_to_load_never_ends_as_dense_serving(model: Path) -> None:
-    arguments = ["--model-path", str(model), "--hata"]
-    done = subprocess.run(
-        [sys.executable, "-c", BROKEN, *(arguments if gpu_present() else server_arguments(arguments))],
-        env=dict(os.environ) if gpu_present() else environment(os.environ),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = python(["-c", BROKEN], ["--model-path", str(model), "--hata"])
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("--hata is not available: sglang") and "has moved" in last and "install sglang" in last
 
 
 def test_flags_are_in_the_launchers_help() -> None:
-    launcher = ["-m", "sglang.launch_server", "--help"]
-    env = dict(os.environ) if gpu_present() else environment(os.environ)
-    done = subprocess.run(
-        [sys.executable, *launcher], env=env, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = python(["-m", "sglang.launch_server"], ["--help"])
     assert done.returncode == 0, done.stderr[-2000:]
     for flag in ("--hata ", "--hata-budget TOKENS|SHARE%", "--hata-weights DIR|none", "--hata-verify"):
         assert flag in done.stdout
