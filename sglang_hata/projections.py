@@ -17,7 +17,15 @@ def bits_of(config: HataConfig) -> int:
     """Bits of a code: the weights folder's, or ``--hata-bits``."""
     if config.weights == "none":
         return config.bits
-    return artifact.load_identity(Path(config.weights)).bits
+    return read_identity(config).bits
+
+
+def read_identity(config: HataConfig) -> artifact.Identity:
+    """What the weights folder says it is for; HataError if it does not say so."""
+    try:
+        return artifact.load_identity(Path(config.weights))
+    except artifact.ArtifactError as error:
+        raise HataError(str(error)) from None
 
 
 def rank_projections(config: HataConfig, model: Any, rank: int, size: int, device: str) -> dict[int, Tensor]:
@@ -41,8 +49,8 @@ def rank_projections(config: HataConfig, model: Any, rank: int, size: int, devic
             for layer in range(config.dense_layers, layers)
         }
         return {layer: w.to(device) for layer, w in rotations.items()}
+    check_identity(config, model)
     try:
-        check_identity(config, model)
         _, projections = artifact.load(Path(config.weights))
     except artifact.ArtifactError as error:
         raise HataError(str(error)) from None
@@ -50,10 +58,10 @@ def rank_projections(config: HataConfig, model: Any, rank: int, size: int, devic
 
 
 def check_identity(config: HataConfig, model: Any) -> None:
-    """Raises HataError or ArtifactError unless the weights folder was made for a model of this shape."""
+    """Raises HataError unless the weights folder was made for a model of this shape."""
     if config.weights == "none":
         return
-    identity = artifact.load_identity(Path(config.weights))
+    identity = read_identity(config)
     shape = {
         "layers": model.num_hidden_layers,
         "kv_heads": model.get_total_num_kv_heads(),

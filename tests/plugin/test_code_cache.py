@@ -14,7 +14,7 @@ from hata_weights.rotation import random_rotation
 from sglang_hata import compat
 from sglang_hata.code_cache import CodeCache
 from sglang_hata.config import HataConfig, HataError
-from sglang_hata.projections import rank_kv_heads, rank_projections
+from sglang_hata.projections import bits_of, check_identity, rank_kv_heads, rank_projections
 from sglang_hata.state import ServingState
 from sglang_hata.verify import wrong_selections
 
@@ -178,6 +178,11 @@ class TestWeightsFolder:
         (tmp_path / artifact.IDENTITY_FILE).write_text('{"schema": 7}')
         with pytest.raises(artifact.ArtifactError, match="has schema 7: this version reads schema 1"):
             artifact.load(tmp_path)
+
+    def test_a_folder_that_is_no_weights_folder_is_refused_like_any_setting(self, tmp_path) -> None:
+        for ask in (bits_of, lambda config: check_identity(config, self.model)):
+            with pytest.raises(HataError, match=r"holds no hata\.json: give a folder of hash weights"):
+                ask(HataConfig(weights=str(tmp_path)))
 
     def test_missing_layers_are_refused(self, tmp_path, projections) -> None:
         del projections[2]

@@ -137,6 +137,7 @@ def answers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     identity = artifact.Identity("another", layers=3, dense_layers=2, kv_heads=3, head_dim=64, bits=128, tool="tests")
     artifact.save(weights, identity, {2: torch.zeros(3, 64, 128, dtype=torch.int8)})
     cases["weights"] = ([*serve, "--hata-weights", str(weights)], {})
+    cases["no-weights"] = ([*serve, "--hata-weights", str(tmp_path_factory.mktemp("empty"))], {})
     cases["without-hata"] = (["--model-path", str(model), "--hata-budget", "512"], {})
     return dict(zip(cases, ask(list(cases.values())), strict=True))
 
@@ -148,6 +149,7 @@ def answers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         *ENVIRONMENT_CASES.items(),
         *((name, sentence) for name, (_, sentence) in MODELS.items()),
         ("weights", "are for another with layers 3, but"),
+        ("no-weights", "holds no hata.json: give a folder of hash weights."),
         ("without-hata", "--hata-budget has no effect without --hata"),
     ],
 )
