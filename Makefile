@@ -39,7 +39,7 @@ test: check
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m pytest tests/plugin tests/rag
+	$(BIN)/python -m pytest -m "not gpu" tests/plugin tests/rag
 
 clean:
 	rm -rf .venv build *.egg-info
