@@ -1,99 +1,172 @@
 """Time per output token of a whole SGLang server, dense beside HATA, on one GPU in one run.
 
+    python -m benchmarks.serve_decode                          # the README's cases of the Llama-3.1-8B shape
+    python -m benchmarks.serve_decode --shape llama-2-7b       # as many KV heads as query heads
+    python -m benchmarks.serve_decode --small                  # contexts and batches at which HATA must cost nothing
     python -m benchmarks.serve_decode --case 131072x1 --case 32768x8
 
 A case is CONTEXTxBATCH. The model is a shape with dummy weights, so nothing is downloaded and answers mean nothing.
 Prompts are random tokens, in the prefix cache before the clock starts; a request for few and one for many new tokens
 are timed in turn, and their difference is the cost of the tokens between, free of prefill. Beside each time stands its
-floor: the bytes that a step must read over the GPU's copy bandwidth, measured in the same run. Writes the medians to
-benchmarks/results/serve_decode-GPU.json.
+floor: the bytes that a step must read over the GPU's copy bandwidth, measured in the same run. Medians go to
+benchmarks/results/serve_decode-GPU.json, beside those of earlier runs with the same GPU, versions and commit, and into
+a plot of the same name.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import shlex
-import signal
-import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import httpx
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.common import (
+    SHAPES,
+    add_server_options,
+    flush_cache,
+    hata_settings,
+    hata_state,
+    header,
+    plot,
+    result_path,
+    server_flags,
+    serving,
+    write_rows,
+)
+from sglang_hata.config import parse_budget
+
+Case = tuple[int, int]  # context and batch
+
+CASES: dict[str, list[Case]] = {
+    "llama-3.1-8b": [(131_072, 1), (262_144, 1), (32_768, 8), (65_536, 8)],
+    "llama-2-7b": [(32_768, 4)],
+}
+SMALL = [(context, batch) for context in (1024, 4096, 8192, 16_384, 32_768) for batch in (1, 8, 32)]
 VOCABULARY = 32_000
 FEW, MANY = 16, 144
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "num_hidden_layers": 32,
-        "vocab_size": 128256,
-        "max_position_embeddings": 524288,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "torch_dtype": "bfloat16",
-    },
-}
+PREFILL_CONTEXT, PREFILLS = 32_768, 5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", metavar="CONTEXTxBATCH", help="default: 131072x1 and 32768x8")
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
-    parser.add_argument("--budget", default="1.5625%", help="HATA's budget (default: 1/64 of the context)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--server-flags", default="", help="more flags for both servers")
+    parser.add_argument(
+        "--case", action="append", type=parse_case, metavar="CONTEXTxBATCH", help="instead of the shape's"
+    )
+    parser.add_argument("--small", action="store_true", help="1K to 32K tokens by 1, 8 and 32 requests")
+    parser.add_argument("--prefill", action="store_true", help="time to the first token of 32K uncached tokens as well")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of a short and a long generation (default: 5)")
+    add_server_options(parser)
     args = parser.parse_args()
-    cases = [tuple(map(int, case.split("x"))) for case in args.case or ["131072x1", "32768x8"]]
+    cases = args.case or (SMALL if args.small else CASES[args.shape])
+    max_batch = max(batch for _, batch in cases)
 
-    common = ["--load-format", "dummy", "--skip-tokenizer-init", "--cuda-graph-max-bs", "8"]
-    common += ["--sampling-backend", "pytorch", "--grammar-backend", "none", *args.server_flags.split()]
-    modes = {"dense": common, "hata": [*common, "--hata", "--hata-budget", args.budget]}
-    measured: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(SHAPES[args.shape]))
-        for mode, flags in modes.items():
-            with serving(folder, flags) as server:
-                measured[mode] = [time_per_token(server, context, batch, args.repeats) for context, batch in cases]
+    tpot: dict[str, dict[Case, float]] = {}
+    startup, prefill, attended = {}, {}, {}
+    for mode, flags in server_flags(args).items():
+        flags = ["--skip-tokenizer-init", *flags]
+        with serving(args.shape, max_batch, flags) as (server, _, startup[mode]):
+            tpot[mode] = {}
+            cases = [case for case in cases if fits(server, case, mode)]
+            for context, batch in cases:
+                before = hata_state(server) if mode == "hata" else {}
+                tpot[mode][context, batch] = time_per_token(server, context, batch, args.repeats)
                 if mode == "hata":
-                    state = server.get("/server_info").json()["internal_states"][0]["hata"]
+                    after = hata_state(server)
+                    seen = after["tokens_seen"] - before["tokens_seen"]
+                    attended[context, batch] = (after["tokens_attended"] - before["tokens_attended"]) / seen
+            if args.prefill:
+                prefill[mode] = time_to_first_token(server)
+            if mode == "hata":
+                hata = hata_settings(server)
+
     bandwidth = copy_bandwidth()
     rows = []
-    for (context, batch), dense, hata in zip(cases, measured["dense"], measured["hata"], strict=True):
-        least = {mode: 1e3 * size / bandwidth for mode, size in bytes_read(args.shape, context, batch, state).items()}
-        row = {"context": context, "batch": batch, "dense_tpot_ms": dense, "hata_tpot_ms": hata, "ratio": dense / hata}
-        rows.append(row | {"dense_floor_ms": least["dense"], "hata_floor_ms": least["hata"]})
-    write(args, rows, state, bandwidth)
+    for context, batch in cases:
+        share = attended[context, batch]
+        size = bytes_read(args.shape, context, batch, hata, selects=share < 1)
+        least = {name: 1e3 * count / bandwidth for name, count in size.items()}
+        dense_ms, hata_ms = tpot["dense"][context, batch], tpot["hata"][context, batch]
+        model = SHAPES[args.shape]
+        rows.append(
+            {
+                "shape": args.shape,
+                "context": context,
+                "batch": batch,
+                "q_heads": model["num_attention_heads"],
+                "kv_heads": model["num_key_value_heads"],
+                "head_dim": model["head_dim"],
+                "bits": hata["bits"],
+                "budget": hata["budget"],
+                "dense_tpot_ms": dense_ms,
+                "hata_tpot_ms": hata_ms,
+                "ratio": dense_ms / hata_ms,
+                "dense_floor_ms": least["dense"],
+                "hata_floor_ms": least["hata"],
+                "weights_ms": least["weights"],
+                "dense_layers_ms": least["dense_layers"],
+                "attended": share,
+                "bytes": {mode: round(size[mode]) for mode in ("dense", "hata")},
+            }
+        )
+    report = header("serve_decode")
+    report |= {"copy_bandwidth_tb_s": bandwidth / 1e12, "hata": hata, "startup_s": {args.shape: startup}}
+    if args.prefill:
+        times = {f"{mode}_ms": ms for mode, ms in prefill.items()}
+        ratio = prefill["dense"] / prefill["hata"]
+        report["prefill"] = {args.shape: {"context": PREFILL_CONTEXT, **times, "ratio": ratio}}
+    path = result_path("serve_decode", report["gpu"])
+    write_rows(path, report | {"rows": rows}, lambda row: (row["shape"], row["context"], row["batch"]))
+    print(path)
+    report = json.loads(path.read_text())
+    table(report)
+    if report["rows"]:
+        draw(report)
+
+
+def parse_case(text: str) -> Case:
+    context, batch = map(int, text.split("x"))
+    return context, batch
+
+
+def fits(server: httpx.Client, case: Case, mode: str) -> bool:
+    """Whether the KV pool has room for a case; HATA's is the smaller one, as its codes lie beside it."""
+    context, batch = case
+    room = server.get("/server_info").json()["max_total_num_tokens"]
+    if batch * (context + MANY) > room:
+        print(f"{context}x{batch} is left out: the {mode} server's KV pool has room for {room} tokens.", flush=True)
+        return False
+    return True
 
 
 def time_per_token(server: httpx.Client, context: int, batch: int, repeats: int) -> float:
     """Median milliseconds a token, over ``repeats`` pairs of a short and a long generation."""
     rng = random.Random(context * batch)
-    prompts = [[rng.randrange(VOCABULARY) for _ in range(context)] for _ in range(batch)]
-    server.post("/flush_cache").raise_for_status()
+    prompts = [random_tokens(rng, context) for _ in range(batch)]
+    flush_cache(server)
     generate(server, prompts, 1)
     times = []
     for _ in range(repeats):
         few, many = generate(server, prompts, FEW), generate(server, prompts, MANY)
         times.append((many - few) / (MANY - FEW) * 1e3)
     return statistics.median(times)
+
+
+def time_to_first_token(server: httpx.Client) -> float:
+    """Median milliseconds until the first token after a prompt that nothing is cached of."""
+    rng = random.Random(0)
+    times = []
+    for _ in range(1 + PREFILLS):
+        flush_cache(server)
+        times.append(1e3 * generate(server, [random_tokens(rng, PREFILL_CONTEXT)], 1))
+    return statistics.median(times[1:])  # in the first, kernels may still be compiled
+
+
+def random_tokens(rng: random.Random, count: int) -> list[int]:
+    return rng.choices(range(VOCABULARY), k=count)
 
 
 def generate(server: httpx.Client, prompts: list[list[int]], new_tokens: int) -> float:
@@ -106,20 +179,28 @@ def generate(server: httpx.Client, prompts: list[list[int]], new_tokens: int) ->
     return seconds
 
 
-def bytes_read(shape: str, context: int, batch: int, state: dict[str, Any]) -> dict[str, float]:
-    """The fewest bytes that a decode step reads: all weights but the input embedding, and each request's cache."""
+def bytes_read(shape: str, context: int, batch: int, hata: dict[str, Any], selects: bool) -> dict[str, float]:
+    """The fewest bytes that a decode step reads: all weights but the input embedding, and each request's cache.
+
+    Also the two parts of HATA's step that no selection makes smaller: the weights and the dense layers. Where HATA has
+    selected nothing, because the context is too short for that to pay, it reads what dense attention does.
+    """
     model = SHAPES[shape]
     hidden, layers, head_dim = model["hidden_size"], model["num_hidden_layers"], model["head_dim"]
     kv_heads = model["num_key_value_heads"]
     attention = 2 * hidden * head_dim * (model["num_attention_heads"] + kv_heads)
     weights = 2 * (layers * (attention + 3 * hidden * model["intermediate_size"]) + hidden * model["vocab_size"])
     kv = batch * context * kv_heads * 4 * head_dim  # of one layer
-    sparse = layers - state["dense_layers"]
-    kept = float(state["budget"].rstrip("%")) / 100 if "%" in state["budget"] else int(state["budget"]) / context
-    codes = batch * context * kv_heads * state["bits"] / 8
+    codes = batch * context * kv_heads * hata["bits"] / 8  # of one layer
+    tokens, share_ppm = parse_budget(hata["budget"])
+    kept = max(tokens, context * share_ppm / 1e6, hata["sink"] + max(hata["recent"], 1))
+    sparse = codes + min(kept / context, 1) * kv if selects else kv
+    dense_layers = hata["dense_layers"] * kv
     return {
+        "weights": weights,
+        "dense_layers": dense_layers,
         "dense": weights + layers * kv,
-        "hata": weights + state["dense_layers"] * kv + sparse * (codes + min(kept, 1) * kv),
+        "hata": weights + dense_layers + (layers - hata["dense_layers"]) * sparse,
     }
 
 
@@ -140,62 +221,44 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / statistics.median(times)
 
 
-@contextmanager
-def serving(model: str, flags: list[str]) -> Iterator[httpx.Client]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--port", port, *flags]
-    print(" ".join(command), file=sys.stderr, flush=True)
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=900)
-            wait_until_healthy(client, process)
-            yield client
-        except BaseException:
-            log.seek(0)
-            print(log.read().decode(errors="replace")[-8000:], file=sys.stderr)
-            raise
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def wait_until_healthy(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
-    while process.poll() is None:
-        try:
-            if client.get("/health", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    raise SystemExit("The server did not start; its log is above.")
-
-
-def write(args: argparse.Namespace, rows: list[dict[str, Any]], state: dict[str, Any], bandwidth: float) -> None:
-    import torch
-
-    gpu = torch.cuda.get_device_name()
-    packages = ("sglang", "sglang-hata", "torch", "triton", "flashinfer-python")
-    report = {
-        "gpu": gpu,
-        "versions": {package: version(package) for package in packages},
-        "command": shlex.join(["python", "-m", "benchmarks.serve_decode", *sys.argv[1:]]),
-        "shape": args.shape,
-        "copy_bandwidth_tb_s": bandwidth / 1e12,
-        "hata": {name: state[name] for name in ("budget", "bits", "dense_layers", "sink", "recent", "min_context")},
-        "rows": rows,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"serve_decode-{gpu.replace(' ', '-').lower()}.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"{gpu}, {args.shape}, budget {args.budget}; floors at {bandwidth / 1e12:.2f} TB/s")
-    print("context  batch  dense ms (floor)  HATA ms (floor)  ratio")
-    for row in rows:
+def table(report: dict[str, Any]) -> None:
+    print(
+        f"{report['gpu']}, HATA's budget {report['hata']['budget']}; floors at {report['copy_bandwidth_tb_s']:.2f} TB/s"
+    )
+    print("shape         context  batch  dense ms (floor)  HATA ms (floor)  ratio  attended")
+    for row in report["rows"]:
         dense, hata = row["dense_tpot_ms"], row["hata_tpot_ms"]
-        print(f"{row['context']:7}  {row['batch']:5}  {dense:8.2f} ({row['dense_floor_ms']:5.2f})", end="")
-        print(f"  {hata:7.2f} ({row['hata_floor_ms']:5.2f})  {row['ratio']:5.2f}")
-    print(path)
+        print(f"{row['shape']:12} {row['context']:8}  {row['batch']:5}", end="")
+        print(f"  {dense:8.2f} ({row['dense_floor_ms']:5.2f})  {hata:7.2f} ({row['hata_floor_ms']:5.2f})", end="")
+        print(f"  {row['ratio']:5.2f}  {row['attended']:8.1%}")
+    for shape, seconds in report["startup_s"].items():
+        print(f"{shape}: healthy after {seconds['dense']:.0f} s dense, {seconds['hata']:.0f} s with HATA")
+    for shape, times in report.get("prefill", {}).items():
+        print(
+            f"{shape}: first token of {times['context']} uncached ones after {times['dense_ms']:.0f} ms dense", end=""
+        )
+        print(f", {times['hata_ms']:.0f} ms with HATA")
+
+
+def draw(report: dict[str, Any]) -> None:
+    """A pair of bars for each case, a line across each at its floor, and the ratio above."""
+    rows = report["rows"]
+    with plot(result_path("serve_decode", report["gpu"], ".png"), width=max(7, 1.5 + 0.9 * len(rows))) as axes:
+        for mode, label, color, left in (("dense", "dense", "0.65", -0.4), ("hata", "HATA", "C0", 0.0)):
+            starts = [i + left for i in range(len(rows))]
+            axes.bar(starts, [row[f"{mode}_tpot_ms"] for row in rows], 0.4, align="edge", color=color, label=label)
+            floors = [row[f"{mode}_floor_ms"] for row in rows]
+            floor_label = "floor: bytes over copy bandwidth" if mode == "hata" else None
+            axes.hlines(floors, starts, [start + 0.4 for start in starts], color="black", label=floor_label)
+        for i, row in enumerate(rows):
+            height = max(row["dense_tpot_ms"], row["hata_tpot_ms"])
+            axes.annotate(f"{row['ratio']:.2f}x", (i, height), (0, 4), textcoords="offset points", ha="center")
+        names = [f"{row['context'] // 1024}K x {row['batch']}\n{row['shape'].removeprefix('llama-')}" for row in rows]
+        axes.set_xticks(range(len(rows)), names)
+        axes.set(xlabel="context x batch, Llama shape", ylabel="time per output token (ms)")
+        axes.set_title(f"{report['gpu']}, SGLang {report['versions']['sglang']}, budget {report['hata']['budget']}")
+        axes.figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        axes.margins(x=0.02, y=0.1)
 
 
 if __name__ == "__main__":

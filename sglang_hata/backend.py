@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from hata_kernels.attend import SparseDecode
-from hata_kernels.decode import select_tokens
-from hata_kernels.reference import hash_codes, hata_decode
+from hata_kernels.costs import measure_costs
+from hata_kernels.decode import hata_decode_step
+from hata_kernels.plan import plan_step
+from hata_kernels.reference import Budget, hash_codes, hata_decode
 from hata_kernels.workspace import DecodeWorkspace
 from sglang_hata import compat
 from sglang_hata.code_cache import PADDING_SLOT
@@ -36,12 +37,16 @@ SHORTEST_ROOM = 1024  # tokens that the first eager buffers hold, a multiple of 
 class SparseDecoder(Protocol):
     """How a layer's sparse decode is computed: by the specification on a CPU, by kernels on a GPU."""
 
-    def plan(self, step: Step, in_graph: bool) -> None:
+    def budget(self) -> Budget:
+        """Once, at start: the rule of how many tokens to attend to."""
+        ...
+
+    def prepare(self, step: Step, in_graph: bool) -> None:
         """Once a step, before its first layer, on the host."""
         ...
 
-    def keep_on_device(self, batch: ForwardBatch) -> None:
-        """Once a step, before its first layer, on the device."""
+    def plan(self, batch: ForwardBatch) -> None:
+        """Once a step, before its first layer, on the device: how many tokens each request attends to."""
         ...
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, batch: ForwardBatch) -> Tensor:
@@ -89,11 +94,11 @@ class HataBackend(AttentionBackend):
         self.codes = self.pool.codes
         self.state = self.pool.state
         self.config = self.state.config
-        self.budget = self.config.budget_rule()
         self.slot_table = runner.req_to_token_pool.req_to_token
         self.dense = compat.dense_backend(runner)
         self.layers = self.pool.layer_num
         self.sparse: SparseDecoder = KernelDecoder(self, runner) if self.slot_table.is_cuda else SpecifiedDecoder(self)
+        self.budget = self.sparse.budget()
         self.step = Step([], [])
         self.checked = False
         if compat.tensor_parallel()[0] == 0:
@@ -105,8 +110,15 @@ class HataBackend(AttentionBackend):
         kv_bytes = sum(self.pool.get_kv_size_bytes()) - codes.size_bytes()
         share = 100 * codes.size_bytes() / kv_bytes
         source = "an untrained rotation" if config.weights == "none" else config.weights
+        costs = self.budget.costs
+        above = f"contexts above {self.budget.min_context} tokens"
+        if costs is not None:
+            above = (
+                f"batches in which that saves time (measured a layer: {costs.attend} ps for a token attended to, "
+                f"{costs.score} for one scored, {costs.fixed / 1e6:.1f} us a step)"
+            )
         return (
-            f"HATA is active: budget {config.budget} a KV head for contexts above {config.min_context} tokens "
+            f"HATA is active: budget {config.budget} a KV head for {above} "
             f"(sink {config.sink}, recent {config.recent}), layers {codes.first_layer} to {self.layers - 1} of "
             f"{self.layers}, {codes.bits}-bit codes from {source}: {codes.bytes_per_token} bytes a token, "
             f"{share:.1f} % of K and V."
@@ -119,7 +131,8 @@ class HataBackend(AttentionBackend):
         self.dense.init_forward_metadata(forward_batch)
         if forward_batch.forward_mode.is_decode():
             self._plan(forward_batch)
-            self.sparse.keep_on_device(forward_batch)
+            if self.selects:
+                self.sparse.plan(forward_batch)
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         """Before a CUDA graph is captured, and before each replay."""
@@ -131,14 +144,14 @@ class HataBackend(AttentionBackend):
         """On the device, inside the graph if there is one."""
         self.dense.init_forward_metadata_in_graph(forward_batch)
         if forward_batch.forward_mode.is_decode():
-            self.sparse.keep_on_device(forward_batch)
+            self.sparse.plan(forward_batch)
 
     def _plan(self, batch: ForwardBatch, captured: bool = False, in_graph: bool = False) -> None:
         lengths = batch.seq_lens_cpu[: batch.batch_size].tolist()
-        self.step = Step(lengths, [self.budget.of(length) for length in lengths], captured)
+        self.step = Step(lengths, self.budget.plan(torch.tensor(lengths)).tolist(), captured)
         selects = self.selects or in_graph
         if selects:
-            self.sparse.plan(self.step, in_graph)
+            self.sparse.prepare(self.step, in_graph)
         if not captured:
             if not self.checked:
                 self._check_codes(batch)
@@ -229,10 +242,14 @@ class SpecifiedDecoder:
     def __init__(self, backend: HataBackend) -> None:
         self.backend = backend
 
-    def plan(self, step: Step, in_graph: bool) -> None:
+    def budget(self) -> Budget:
+        """Without costs: nobody serves in earnest on a CPU."""
+        return self.backend.config.budget_rule()
+
+    def prepare(self, step: Step, in_graph: bool) -> None:
         """The host knows all there is to know."""
 
-    def keep_on_device(self, batch: ForwardBatch) -> None:
+    def plan(self, batch: ForwardBatch) -> None:
         """The host is the device."""
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, batch: ForwardBatch) -> Tensor:
@@ -258,104 +275,118 @@ class SpecifiedDecoder:
 
 
 class KernelDecoder:
-    """The decode step by Triton kernels and FlashInfer, with no word between host and GPU from layer to layer.
+    """The decode step by kernels, with no word between host and GPU from layer to layer.
 
     With CUDA graphs every buffer is as large as the largest captured batch and the longest context can make it, and
     stays where it is. Without them buffers grow with the batches that come.
     """
 
-    attention: SparseDecode  # the one that this step was planned on
-    kept: Tensor  # [B] int64 on the device: tokens that each request attends to
+    room: DecodeWorkspace  # the one that this step works in
 
     def __init__(self, backend: HataBackend, runner: Any) -> None:
         self.backend = backend
         self.q_heads = runner.model_config.num_attention_heads // compat.tensor_parallel()[1]
         self.dtype = runner.dtype
         self.max_context = backend.slot_table.shape[1]
-        self.graphs: SparseDecode | None = None
-        self.eager: SparseDecode | None = None
+        self.graphs: DecodeWorkspace | None = None
+        self.eager: DecodeWorkspace | None = None
+
+    def budget(self) -> Budget:
+        backend, codes = self.backend, self.backend.codes
+        rule = backend.config.budget_rule()
+        if backend.config.min_context is not None:
+            return rule
+        layers = list(codes.codes)
+        costs = measure_costs(
+            [backend.pool.get_key_buffer(layer) for layer in layers],
+            [backend.pool.get_value_buffer(layer) for layer in layers],
+            [codes.codes[layer] for layer in layers],
+            [codes.projections[layer] for layer in layers],
+            q_heads=self.q_heads,
+            dtype=self.dtype,
+            max_context=self.max_context,
+        )
+        return backend.config.budget_rule(costs)
 
     def reserve_for_graphs(self, max_batch: int) -> None:
         """Allocates, once, what the captured graphs will point to."""
-        self.graphs = self._attention(max_batch, self.max_context, use_cuda_graph=True)
-        megabytes = self.graphs.workspace.nbytes() / 2**20
+        self.graphs = self._workspace(max_batch, self.max_context)
+        megabytes = self.graphs.nbytes() / 2**20
         logger.info("HATA reserves %.0f MiB for CUDA graphs of up to %d requests.", megabytes, max_batch)
 
-    def plan(self, step: Step, in_graph: bool) -> None:
-        attention = self.graphs if in_graph else self._eager_for(step)
-        assert attention is not None, "a graph is planned before reserve_for_graphs"
-        attention.plan(step.kept)
-        self.attention = attention
+    def prepare(self, step: Step, in_graph: bool) -> None:
+        room = self.graphs if in_graph else self._eager_for(step)
+        assert room is not None, "a graph is planned before reserve_for_graphs"
+        self.room = room
 
-    def keep_on_device(self, batch: ForwardBatch) -> None:
-        """How many tokens each request keeps, from the lengths that are on the device; recorded into graphs."""
-        self.kept = self.backend.budget.of(batch.seq_lens[: batch.batch_size])
+    def plan(self, batch: ForwardBatch) -> None:
+        B = batch.batch_size
+        plan_step(batch.seq_lens[:B], batch.req_pool_indices[:B], self.room, self.backend.budget)
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, batch: ForwardBatch) -> Tensor:
         backend, config, codes = self.backend, self.backend.config, self.backend.codes
-        slots = batch.out_cache_loc
-        backend.pool.set_kv_without_codes(layer, slots, k, v)
-        select_tokens(
+        pool, slots = backend.pool, batch.out_cache_loc
+        k = k.view(-1, codes.kv_heads, codes.head_dim)
+        v = v.view(-1, codes.kv_heads, layer.v_head_dim)
+        k_pool = pool.get_key_buffer(layer.layer_id)
+        quantised = k_pool.dtype != k.dtype
+        if quantised:
+            pool.set_kv_without_codes(layer, slots, k, v)
+        out = hata_decode_step(
             q,
-            k.view(-1, codes.kv_heads, codes.head_dim),
+            k,
+            v,
+            k_pool,
+            pool.get_value_buffer(layer.layer_id),
             codes.codes[layer.layer_id],
             codes.projections[layer.layer_id],
             backend.slot_table,
-            batch.req_pool_indices,
-            batch.seq_lens,
-            self.kept,
             slots,
-            self.attention.workspace,
+            self.room,
             sink=config.sink,
             recent=config.recent,
+            scale=layer.scaling,
+            store_kv=not quantised,
+            k_scale=(layer.k_scale_float or 1.0) if quantised else 1.0,
+            v_scale=(layer.v_scale_float or 1.0) if quantised else 1.0,
         )
         if config.verify:
-            self._verify(layer.layer_id, batch)
-        return self.attention.run(
-            q,
-            backend.pool.get_key_buffer(layer.layer_id),
-            backend.pool.get_value_buffer(layer.layer_id),
-            layer.scaling,
-        )
+            self._verify(q, layer.layer_id, batch)
+        return out
 
-    def _eager_for(self, step: Step) -> SparseDecode:
+    def _eager_for(self, step: Step) -> DecodeWorkspace:
         batch, longest = len(step.lengths), max(step.lengths)
-        if self.eager is not None:
-            room = self.eager.workspace
+        room = self.eager
+        if room is not None:
             if room.max_batch >= batch and room.max_context >= longest:
-                return self.eager
+                return room
             batch, longest = max(batch, room.max_batch), max(longest, room.max_context)
-            self.eager = None  # frees its buffers before the larger ones are taken
+            self.eager = room = None  # frees its buffers before the larger ones are taken
         doubled = min(max(1 << (longest - 1).bit_length(), SHORTEST_ROOM), self.max_context)
-        self.eager = self._attention(1 << (batch - 1).bit_length(), doubled, use_cuda_graph=False)
+        self.eager = self._workspace(1 << (batch - 1).bit_length(), doubled)
         return self.eager
 
-    def _attention(self, max_batch: int, max_context: int, use_cuda_graph: bool) -> SparseDecode:
+    def _workspace(self, max_batch: int, max_context: int) -> DecodeWorkspace:
         codes = self.backend.codes
-        workspace = DecodeWorkspace.allocate(
+        return DecodeWorkspace.allocate(
             max_batch=max_batch,
             q_heads=self.q_heads,
             kv_heads=codes.kv_heads,
+            head_dim=codes.head_dim,
             bits=codes.bits,
             max_context=max_context,
             max_kept=self.backend.budget.largest(max_context),
             device=self.backend.slot_table.device,
         )
-        return SparseDecode(workspace, head_dim=codes.head_dim, dtype=self.dtype, use_cuda_graph=use_cuda_graph)
 
-    def _verify(self, layer: int, batch: ForwardBatch) -> None:
+    def _verify(self, q: Tensor, layer: int, batch: ForwardBatch) -> None:
         """Compares what the kernels selected with the oracle, on the host."""
-        backend, workspace = self.backend, self.attention.workspace
-        step, H = backend.step, backend.codes.kv_heads
+        backend, H = self.backend, self.backend.codes.kv_heads
         slots = backend.slots_of(batch)
-        sizes = [kept for kept in step.kept for _ in range(H)]
-        rows = workspace.indices[: sum(sizes)].split(sizes)
-        backend.check_selections(
-            layer,
-            workspace.q_codes[: len(slots)],
-            slots,
-            [
-                torch.stack([torch.isin(request_slots, rows[b * H + h] // H).nonzero().squeeze(1) for h in range(H)])
-                for b, request_slots in enumerate(slots)
-            ],
-        )
+        selected = []
+        for b, (request, kept) in enumerate(zip(slots, self.room.kept.tolist(), strict=False)):
+            chosen = self.room.slots[b * H : (b + 1) * H, :kept]
+            if kept == len(request):
+                chosen = request.expand(H, -1)
+            selected.append(torch.stack([torch.isin(request, row).nonzero().squeeze(1) for row in chosen]))
+        backend.check_selections(layer, hash_codes(q, backend.codes.projections[layer]), slots, selected)

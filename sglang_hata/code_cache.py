@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from hata_kernels.reference import hash_codes
+from hata_kernels.reference import hash_codes, popcount
 from sglang_hata.config import HataError
 
 # Slot 0 takes the writes of padding rows, of several at a time and in no order: nothing ever reads it.
 PADDING_SLOT = 0
+MAX_ROUNDED_BITS = 0.1
 
 
 class CodeCache:
@@ -83,7 +84,10 @@ class CodeCache:
             HataError: a code is not the hash of its key.
         """
         for layer, codes in self.codes.items():
-            if not torch.equal(hash_codes(key_buffer(layer)[slots], self.projections[layer]), codes[slots]):
+            keys = key_buffer(layer)[slots]
+            wrong_bits = popcount(hash_codes(keys, self.projections[layer]) ^ codes[slots]).float().mean() / 32
+            # Keys in fp8 have been rounded since they were hashed, which turns bits whose sum is next to zero.
+            if wrong_bits > (MAX_ROUNDED_BITS if keys.dtype.itemsize == 1 else 0):
                 raise HataError(
                     f"--hata cannot serve this model: the keys of layer {layer} reach the KV cache by a way that "
                     "leaves out their codes; remove --hata, and please report the model."

@@ -302,8 +302,9 @@ def _pool_with_codes() -> type:
             super().set_kv_buffer(layer, loc_info, cache_k, cache_v, *args, **kwargs)
 
         def set_kv_without_codes(self, layer: Any, slots: Any, cache_k: Any, cache_v: Any) -> None:
-            """For the decode kernel, which hashes keys and queries in one launch of its own."""
-            super().set_kv_buffer(layer, slots, cache_k, cache_v)
+            """For decode kernels, which hash keys themselves, where the cache is narrower than K."""
+            # Copies, as the pool scales in place.
+            super().set_kv_buffer(layer, slots, cache_k.clone(), cache_v.clone(), layer.k_scale, layer.v_scale)
 
         def move_kv_cache(self, tgt_loc: Any, src_loc: Any) -> None:
             super().move_kv_cache(tgt_loc, src_loc)

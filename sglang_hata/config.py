@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hata_kernels.reference import Budget
+    from hata_kernels.reference import Budget, Costs
 
 BITS_ALLOWED = (128, 256)
 MAX_TOKENS = 2**24
@@ -66,9 +66,10 @@ FLAGS = (
     ),
     Flag(
         "hata_min_context",
-        "N",
-        "Requests of at most N cached tokens attend to all of them; their codes are stored all the same. Default "
-        "4096, twice the default budget: leaving out less than half is not worth choosing.",
+        "N|auto",
+        "Requests of at most N cached tokens attend to all of them; their codes are stored all the same. With auto, "
+        "the default, every step decides by its batch, from costs measured on this GPU at start: where choosing "
+        "tokens would take longer than reading all, all are read.",
     ),
     Flag(
         "hata_verify",
@@ -89,7 +90,7 @@ class HataConfig:
         weights: a folder, or ``"none"``.
         dense_layers: how many of the first layers attend to everything.
         sink, recent: tokens at the start and at the end that are always attended to.
-        min_context: contexts up to this many tokens are attended whole.
+        min_context: contexts up to this many tokens are attended whole; None: wherever choosing takes longer.
         verify: check codes and selections while serving.
 
     Raises:
@@ -102,7 +103,7 @@ class HataConfig:
     dense_layers: int = 2
     sink: int = 16
     recent: int = 64
-    min_context: int = 4096
+    min_context: int | None = None
     verify: bool = False
 
     def __post_init__(self) -> None:
@@ -111,7 +112,7 @@ class HataConfig:
             raise HataError(f"--hata-bits {self.bits} is not a code length: choose 128 or 256.")
         for name in ("dense_layers", "sink", "recent", "min_context"):
             value = getattr(self, name)
-            if not 0 <= value <= MAX_TOKENS:
+            if value is not None and not 0 <= value <= MAX_TOKENS:
                 flag = f"--hata-{name.replace('_', '-')}"
                 raise HataError(f"{flag} {value} is out of range: give a number from 0 to {MAX_TOKENS}.")
         if tokens and self.floor > tokens:
@@ -131,12 +132,17 @@ class HataConfig:
         """Tokens that are kept whatever the scores: sinks, recent ones, and at least the current one."""
         return self.sink + max(self.recent, 1)
 
-    def budget_rule(self) -> Budget:
-        """The rule that turns a context length into a number of tokens."""
+    def budget_rule(self, costs: Costs | None = None) -> Budget:
+        """The rule that turns context lengths into numbers of tokens.
+
+        Args:
+            costs: of this GPU, for a ``min_context`` of None.
+        """
         from hata_kernels.reference import Budget
 
         tokens, share_ppm = parse_budget(self.budget)
-        return Budget(tokens=tokens, share_ppm=share_ppm, floor=self.floor, min_context=self.min_context)
+        costs = costs if self.min_context is None else None
+        return Budget(tokens, share_ppm, floor=self.floor, min_context=self.min_context or 0, costs=costs)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: what travels to SGLang's processes and what /server_info shows."""
@@ -165,7 +171,9 @@ class HataConfig:
         values: dict[str, Any] = {}
         for name, value in given.items():
             key = name.removeprefix("hata_")
-            values[key] = _whole_number(name, value) if types[key] == "int" else value
+            if key == "min_context" and value == "auto":
+                continue
+            values[key] = _whole_number(name, value) if types[key].startswith("int") else value
         if "budget" in values:
             values["budget"] = str(values["budget"])
         if "weights" in values:

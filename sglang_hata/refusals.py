@@ -15,7 +15,8 @@ from sglang_hata.config import HataConfig, HataError
 
 # Dense attention for prefill and for the first layers: backends whose K goes through the KV pool's set_kv_buffer.
 DENSE_BACKENDS = {"cuda": ("flashinfer", "fa3", "triton"), "cpu": ("torch_native",)}
-KV_DTYPES = ("auto", "bf16", "bfloat16")
+FP8_DTYPES = ("fp8_e4m3", "fp8_e5m2")
+KV_DTYPES = ("auto", "bf16", "bfloat16", *FP8_DTYPES)
 MAX_HEAD_DIM = 256
 
 
@@ -66,7 +67,7 @@ SETTINGS = (
         (None, "null"),
         "keys sent between prefill and decode servers would come without their codes; serve both on one.",
     ),
-    Refusal("kv_cache_dtype", KV_DTYPES, "keys must be cached as they are hashed; use auto."),
+    Refusal("kv_cache_dtype", KV_DTYPES, "the kernels do not read it; use auto, fp8_e4m3 or fp8_e5m2."),
     Refusal("prefill_only_disable_kv_cache", (False, None), "there is no KV cache to select from; remove it."),
     Refusal("enable_page_major_kv_layout", (False, None), "codes follow the slot-major layout; remove it."),
     Refusal("enable_unified_memory", (False, None), "codes follow SGLang's plain KV pool; remove it."),
@@ -107,6 +108,9 @@ def check_settings(settings: Any, config: HataConfig) -> None:
         if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
             raise HataError(f"--hata cannot run with {variable}={os.environ[variable]}: {why}; unset it.")
     check_device(settings)
+    if settings.kv_cache_dtype in FP8_DTYPES and (settings.device != "cuda" or config.verify):
+        why = "codes cannot be compared with rounded keys" if config.verify else "only the GPU kernels read it"
+        raise HataError(f"--hata cannot run with --kv-cache-dtype {settings.kv_cache_dtype} here: {why}; use auto.")
     graphs_off = settings.disable_cuda_graph or settings.disable_decode_cuda_graph
     if config.verify and settings.device == "cuda" and not graphs_off:
         raise HataError("--hata-verify looks at every step, which CUDA graphs hide: add --disable-cuda-graph.")
@@ -143,7 +147,7 @@ def check_model(model: Any, config: HataConfig, device: str, state_space_layers:
             f"{model.num_hidden_layers} layers: give a smaller number, or remove --hata."
         )
     longest = model.context_len
-    if config.min_context >= longest:
+    if config.min_context is not None and config.min_context >= longest:
         raise HataError(
             f"--hata-min-context {config.min_context} leaves nothing to HATA, as the model's context ends at "
             f"{longest} tokens: give a smaller number, or remove --hata."
@@ -186,12 +190,13 @@ def _model_refusals(state_space_layers: bool) -> Iterator[tuple[Callable[[Any], 
 
 
 def _kernel_refusals() -> Iterator[tuple[Callable[[Any], bool], str]]:
-    from hata_kernels.attend import ATTENTION_HEAD_DIMS, MAX_GROUP
+    from hata_kernels.encode import HEAD_DIMS
     from hata_kernels.launch import KV_DTYPES as KERNEL_DTYPES
+    from hata_kernels.workspace import MAX_GROUP
 
     yield (
-        lambda m: m.head_dim not in ATTENTION_HEAD_DIMS,
-        f"its head_dim is none of {', '.join(map(str, ATTENTION_HEAD_DIMS))}, which the kernels are built for.",
+        lambda m: m.head_dim not in HEAD_DIMS,
+        f"its head_dim is none of {', '.join(map(str, HEAD_DIMS))}, which the kernels are built for.",
     )
     yield (
         lambda m: m.num_attention_heads > MAX_GROUP * m.get_total_num_kv_heads(),

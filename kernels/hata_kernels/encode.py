@@ -12,8 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hata_kernels.launch import FLOAT_DTYPES, INDEX_DTYPES, aligned, check_tensor
+from hata_kernels.launch import (
+    FLOAT_DTYPES,
+    INDEX_DTYPES,
+    aligned,
+    check_tensor,
+    overlaps_launches,
+    wait_for_previous,
+)
 from hata_kernels.reference import MAX_BIASED_EXPONENT, MIN_BIASED_EXPONENT, ROW_EXPONENT, WORD_BITS
+from hata_kernels.workspace import DecodeWorkspace
 
 MIN_EXPONENT = tl.constexpr(MIN_BIASED_EXPONENT)
 MAX_EXPONENT = tl.constexpr(MAX_BIASED_EXPONENT)
@@ -27,7 +35,6 @@ HEAD_DIMS = (64, 96, 128, 256)
 CODE_BITS = (64, 128, 256)
 # Rows of a tile: the smallest that tensor cores take, and one that reuses the projection for a long prefill.
 FEW_ROWS, MANY_ROWS = 16, 64
-ZERO_BLOCK = 1024
 
 
 @triton.jit
@@ -46,11 +53,16 @@ def integer_planes(b_x):
 
 
 @triton.jit
-def code_words(b_lo, b_hi, b_p, M: tl.constexpr, BITS: tl.constexpr):
-    """Two [M, D] int8 planes and a [D, BITS] int8 projection -> [M, BITS / 32] int32 words."""
+def sign_bits(b_lo, b_hi, b_p):
+    """Two [M, D] int8 planes and a [D, bits] int8 projection -> [M, bits] int32 of zeros and ones."""
     b_acc = tl.dot(b_hi, b_p, out_dtype=tl.int32) * 256 + tl.dot(b_lo, b_p, out_dtype=tl.int32)
-    b_bit = tl.reshape((b_acc > 0).to(tl.int32), [M, BITS // 32, 32])
-    return tl.sum(b_bit << tl.arange(0, 32)[None, None, :], axis=2)
+    return (b_acc > 0).to(tl.int32)
+
+
+@triton.jit
+def pack(b_bit, M: tl.constexpr, W: tl.constexpr):
+    """[M, 32 W] of zeros and ones -> [M, W] int32 words, least significant bit first."""
+    return tl.sum(tl.reshape(b_bit, [M, W, 32]) << tl.arange(0, 32)[None, None, :], axis=2)
 
 
 # Not specialised on sizes that change from call to call: prefill must not compile in the middle of serving.
@@ -64,7 +76,6 @@ def hash_rows_kernel(
     x_token_stride,
     x_head_stride,
     H: tl.constexpr,
-    G: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     BITS: tl.constexpr,
@@ -72,89 +83,107 @@ def hash_rows_kernel(
     BB: tl.constexpr,
     HAS_LOC: tl.constexpr,
 ):
-    """Row m of KV head i_h is query head i_h * G + m % G of token m // G: the G heads that share a projection
-    are rows of one tile, so decode fills tensor cores as well as prefill does."""
     i_m = tl.program_id(0)
     i_h = tl.program_id(1)
     o_m = i_m * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
     m_m = o_m < rows
-    o_token = (o_m // G).to(tl.int64)
-    o_head = i_h * G + o_m % G
-    p_x = x + o_token * x_token_stride + o_head.to(tl.int64) * x_head_stride
+    o_token = o_m.to(tl.int64)
+    p_x = x + o_token * x_token_stride + i_h.to(tl.int64) * x_head_stride
     b_x = tl.load(p_x[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
     b_lo, b_hi = integer_planes(b_x.to(tl.float32))
 
     o_out = o_token
     if HAS_LOC:
         o_out = tl.load(loc + o_token, mask=m_m, other=0).to(tl.int64)
-    p_out = out + (o_out * (H * G) + o_head) * (BITS // 32)
+    p_out = out + (o_out * H + i_h) * (BITS // 32)
     o_w = tl.arange(0, BB // 32)
     for i_b in tl.static_range(BITS // BB):
         p_p = projection + (i_h * D + o_d)[:, None] * BITS + (i_b * BB + tl.arange(0, BB))[None, :]
         b_p = tl.load(p_p, mask=(o_d < D)[:, None], other=0)
-        b_words = code_words(b_lo, b_hi, b_p, BM, BB)
+        b_words = pack(sign_bits(b_lo, b_hi, b_p), BM, BB // 32)
         tl.store(p_out[:, None] + (i_b * (BB // 32) + o_w)[None, :], b_words, mask=m_m[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "histogram_size"])
+@triton.jit(do_not_specialize=["batch"])
 def hash_decode_step_kernel(
     q,
     k,
+    v,
     projection,
+    k_pool,
+    v_pool,
     code_cache,
     loc,
-    q_codes,
-    histogram,
-    rows,
-    histogram_size,
+    planes,
+    batch,
     q_token_stride,
     q_head_stride,
     k_token_stride,
     k_head_stride,
+    v_token_stride,
+    v_head_stride,
     H: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
     BD: tl.constexpr,
+    BDV: tl.constexpr,
     BITS: tl.constexpr,
-    BM: tl.constexpr,
-    BB: tl.constexpr,
-    BZ: tl.constexpr,
+    P: tl.constexpr,
+    BR: tl.constexpr,
+    BG: tl.constexpr,
+    BW: tl.constexpr,
+    STORE_KV: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Row m of KV head i_h belongs to request m // (G + 1): its G queries first, then its new key."""
+    """A tile holds BR requests of one KV head, BG rows each: the G queries, the new key, and nothing in the rest."""
+    wait_for_previous(PDL)
     i_m = tl.program_id(0)
     i_h = tl.program_id(1)
-    i_b = tl.program_id(2)
-    o_m = i_m * BM + tl.arange(0, BM)
+    i_w = tl.program_id(2)
+    o_m = tl.arange(0, BR * BG)
+    o_request = (i_m * BR + o_m // BG).to(tl.int64)
+    o_g = o_m % BG
     o_d = tl.arange(0, BD)
-    o_request = (o_m // (G + 1)).to(tl.int64)
-    o_g = o_m % (G + 1)
-    m_q = (o_m < rows) & (o_g < G)
-    m_k = (o_m < rows) & (o_g == G)
+    m_q = (o_request < batch) & (o_g < G)
+    m_k = (o_request < batch) & (o_g == G)
     m_d = (o_d < D)[None, :]
-    o_head = i_h * G + o_g
-    p_q = q + o_request * q_token_stride + o_head.to(tl.int64) * q_head_stride
+    p_q = q + o_request * q_token_stride + (i_h * G + o_g).to(tl.int64) * q_head_stride
     p_k = k + o_request * k_token_stride + i_h.to(tl.int64) * k_head_stride
     b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q[:, None] & m_d, other=0.0)
     b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_k[:, None] & m_d, other=0.0)
     b_lo, b_hi = integer_planes(tl.where(m_k[:, None], b_k, b_q).to(tl.float32))
+    o_bit = i_w * (BW * 32) + tl.arange(0, BW * 32)
+    b_p = tl.load(projection + (i_h * D + o_d)[:, None] * BITS + o_bit[None, :], mask=(o_d < D)[:, None], other=0)
+    b_bit = tl.reshape(sign_bits(b_lo, b_hi, b_p), [BR, BG, BW * 32])
 
-    p_p = projection + (i_h * D + o_d)[:, None] * BITS + (i_b * BB + tl.arange(0, BB))[None, :]
-    b_p = tl.load(p_p, mask=(o_d < D)[:, None], other=0)
-    b_words = code_words(b_lo, b_hi, b_p, BM, BB)
+    o_r = i_m * BR + tl.arange(0, BR)
+    m_r = (o_r < batch)[:, None]
+    o_g = tl.arange(0, BG)[None, :, None]
+    o_w = (i_w * BW + tl.arange(0, BW))[None, :]
+    b_loc = tl.load(loc + o_r, mask=o_r < batch, other=0).to(tl.int64)
+    b_key = pack(tl.sum(tl.where(o_g == G, b_bit, 0), axis=1), BR, BW)
+    tl.store(code_cache + (b_loc * H + i_h)[:, None] * (BITS // 32) + o_w, b_key, mask=m_r)
+    b_weight = 2 * tl.sum(tl.where(o_g < G, b_bit, 0), axis=1) - G
+    p_plane = planes + (o_r.to(tl.int64) * H + i_h)[:, None] * ((1 + P) * (BITS // 32)) + o_w
+    tl.store(p_plane, pack((b_weight > 0).to(tl.int32), BR, BW), mask=m_r)
+    b_magnitude = tl.abs(b_weight)
+    if G % 2 == 0:
+        b_magnitude = b_magnitude >> 1
+    for i_p in tl.static_range(P):
+        b_plane = pack((b_magnitude >> i_p) & 1, BR, BW)
+        tl.store(p_plane + (1 + i_p) * (BITS // 32), b_plane, mask=m_r)
 
-    o_w = (i_b * (BB // 32) + tl.arange(0, BB // 32))[None, :]
-    p_q_codes = q_codes + (o_request * (H * G) + o_head) * (BITS // 32)
-    tl.store(p_q_codes[:, None] + o_w, b_words, mask=m_q[:, None])
-    b_loc = tl.load(loc + o_request, mask=m_k, other=0).to(tl.int64)
-    p_cache = code_cache + (b_loc * H + i_h) * (BITS // 32)
-    tl.store(p_cache[:, None] + o_w, b_words, mask=m_k[:, None])
-
-    i_program = (i_m * tl.num_programs(1) + i_h) * tl.num_programs(2) + i_b
-    n_programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-    for i_zero in range(i_program * BZ, histogram_size, n_programs * BZ):
-        o_zero = i_zero + tl.arange(0, BZ)
-        tl.store(histogram + o_zero, tl.zeros([BZ], tl.int32), mask=o_zero < histogram_size)
+    if STORE_KV:  # noqa: SIM102 (known at compile time)
+        if i_w == 0:
+            b_row = tl.load(loc + o_request, mask=m_k, other=0).to(tl.int64) * H + i_h
+            tl.store(k_pool + b_row[:, None] * D + o_d[None, :], b_k, mask=m_k[:, None] & m_d)
+            o_dv = tl.arange(0, BDV)
+            m_v = m_k[:, None] & (o_dv < DV)[None, :]
+            p_v = v + o_request * v_token_stride + i_h.to(tl.int64) * v_head_stride
+            b_v = tl.load(p_v[:, None] + o_dv[None, :], mask=m_v, other=0.0)
+            tl.store(v_pool + b_row[:, None] * DV + o_dv[None, :], b_v, mask=m_v)
 
 
 def check_projection(projection: Tensor, device: torch.device) -> tuple[int, int, int]:
@@ -168,22 +197,14 @@ def check_projection(projection: Tensor, device: torch.device) -> tuple[int, int
     return H, D, bits
 
 
-def group_size(q_heads: int, kv_heads: int) -> int:
-    """Query heads of each KV head; ValueError if they do not divide."""
-    if q_heads == 0 or q_heads % kv_heads:
-        raise ValueError(f"{q_heads} query heads are no multiple of the projection's {kv_heads} KV heads")
-    return q_heads // kv_heads
-
-
 def hash_rows(x: Tensor, projection: Tensor, out: Tensor, loc: Tensor | None = None) -> Tensor:
-    """Hash codes of keys or queries (paper, Alg. 2), equal bit for bit to `reference.hash_codes`.
+    """Hash codes of keys (paper, Alg. 2), equal bit for bit to `reference.hash_codes`.
 
     Args:
-        x: [N, heads, D], bf16, fp16 or fp32, keys or queries after RoPE. The last dimension is contiguous;
-            the other strides are free, so a slice of a fused qkv is read in place. ``heads`` is H for keys, G
-            * H for queries.
+        x: [N, H, D], bf16, fp16 or fp32, keys after RoPE. The last dimension is contiguous; the other strides are
+            free, so a slice of a fused qkv is read in place.
         projection: [H, D, bits] int8; D one of HEAD_DIMS, bits one of CODE_BITS.
-        out: [rows, heads, bits / 32] int32, contiguous: the code cache of a layer, or a buffer of codes.
+        out: [rows, H, bits / 32] int32, contiguous: the code cache of a layer, or a buffer of codes.
         loc: [N] int32 or int64: row i of ``x`` goes to ``out[loc[i]]``; to ``out[i]`` when None. Where two
             rows have the same loc, either may win (the dummy slot of padded rows).
 
@@ -194,10 +215,9 @@ def hash_rows(x: Tensor, projection: Tensor, out: Tensor, loc: Tensor | None = N
         ValueError: on a shape, stride, dtype or device that the kernel would misread.
     """
     H, D, bits = check_projection(projection, x.device)
-    check_tensor("x", x, (None, None, D), FLOAT_DTYPES, x.device, contiguous=False)
-    N, heads, _ = x.shape
-    G = group_size(heads, H)
-    check_tensor("out", out, (None, heads, bits // WORD_BITS), torch.int32, x.device)
+    check_tensor("x", x, (None, H, D), FLOAT_DTYPES, x.device, contiguous=False)
+    N = x.shape[0]
+    check_tensor("out", out, (None, H, bits // WORD_BITS), torch.int32, x.device)
     if loc is not None:
         check_tensor("loc", loc, (N,), INDEX_DTYPES, x.device)
     elif out.shape[0] < N:
@@ -206,19 +226,17 @@ def hash_rows(x: Tensor, projection: Tensor, out: Tensor, loc: Tensor | None = N
         return out
 
     x = aligned(x)
-    rows = N * G
     BD = triton.next_power_of_2(D)
-    BM = FEW_ROWS if rows <= 4 * FEW_ROWS else MANY_ROWS
-    hash_rows_kernel[(triton.cdiv(rows, BM), H)](
+    BM = FEW_ROWS if N <= 4 * FEW_ROWS else MANY_ROWS
+    hash_rows_kernel[(triton.cdiv(N, BM), H)](
         x,
         projection,
         out,
         out if loc is None else loc,
-        rows,
+        N,
         x.stride(0),
         x.stride(1),
         H=H,
-        G=G,
         D=D,
         BD=BD,
         BITS=bits,
@@ -233,67 +251,85 @@ def hash_rows(x: Tensor, projection: Tensor, out: Tensor, loc: Tensor | None = N
 def hash_decode_step(
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     projection: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
     code_cache: Tensor,
     loc: Tensor,
-    q_codes_out: Tensor,
-    histogram: Tensor,
+    workspace: DecodeWorkspace,
+    *,
+    store_kv: bool = True,
 ) -> None:
-    """All hashing of one layer's decode step in one launch: new keys into the cache, queries, and a histogram
-    set to zero.
+    """Everything that a layer's decode step writes before it scores, in one launch: keys, values and codes of the new
+    tokens into the cache, and the planes of the queries.
 
     Args:
-        q, k: [B, G * H, D] and [B, H, D], bf16, fp16 or fp32, the same dtype, after RoPE; last dimension
-            contiguous.
+        q, k, v: [B, G * H, D], [B, H, D] and [B, H, Dv], bf16, fp16 or fp32, the same dtype, after RoPE; last
+            dimension contiguous.
         projection: [H, D, bits] int8.
+        k_pool, v_pool: [S, H, D] and [S, H, Dv], contiguous, the dtype of ``k``.
         code_cache: [S, H, bits / 32] int32, contiguous; row ``loc[b]`` gets the code of ``k[b]``.
         loc: [B] int32 or int64. Padded rows may share a dummy slot.
-        q_codes_out: [B, G * H, bits / 32] int32, contiguous; gets the codes of ``q``.
-        histogram: [B, H, bins] int32, contiguous; set to zero for `score.score_and_count`.
+        workspace: gets ``planes``, equal to `reference.query_planes`.
+        store_kv: False where the pool is of another dtype and has been written already.
 
     Raises:
         ValueError: on a shape, stride, dtype or device that the kernel would misread.
     """
     H, D, bits = check_projection(projection, q.device)
-    W = bits // WORD_BITS
-    check_tensor("q", q, (None, None, D), FLOAT_DTYPES, q.device, contiguous=False)
-    B, q_heads, _ = q.shape
-    G = group_size(q_heads, H)
+    G = workspace.group
+    check_tensor("q", q, (None, H * G, D), FLOAT_DTYPES, q.device, contiguous=False)
+    B = q.shape[0]
     check_tensor("k", k, (B, H, D), q.dtype, q.device, contiguous=False)
-    check_tensor("code_cache", code_cache, (None, H, W), torch.int32, q.device)
+    check_tensor("code_cache", code_cache, (None, H, bits // WORD_BITS), torch.int32, q.device)
     check_tensor("loc", loc, (B,), INDEX_DTYPES, q.device)
-    check_tensor("q_codes_out", q_codes_out, (B, q_heads, W), torch.int32, q.device)
-    check_tensor("histogram", histogram, (B, H, None), torch.int32, q.device)
+    check_tensor("workspace.planes", workspace.planes, (None, H, None, bits // WORD_BITS), torch.int32, q.device)
+    if workspace.max_batch < B:
+        raise ValueError(f"batch of {B}, workspace for {workspace.max_batch}")
+    if store_kv:
+        check_tensor("v", v, (B, H, None), q.dtype, q.device, contiguous=False)
+        check_tensor("k_pool", k_pool, (code_cache.shape[0], H, D), q.dtype, q.device)
+        check_tensor("v_pool", v_pool, (code_cache.shape[0], H, v.shape[2]), q.dtype, q.device)
     if B == 0:
         return
 
-    q, k = aligned(q), aligned(k)
-    rows = B * (G + 1)
-    BM = FEW_ROWS if rows <= 4 * FEW_ROWS else MANY_ROWS
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    BG = triton.next_power_of_2(G + 1)
+    rows = FEW_ROWS if B * BG <= 4 * FEW_ROWS else MANY_ROWS
+    BR = max(1, rows // BG)
     # A small batch is bound by latency: one word of bits a program spreads it over more multiprocessors.
-    BB = 32 if BM == FEW_ROWS else min(bits, 128)
+    BW = 1 if rows == FEW_ROWS else min(bits, 128) // WORD_BITS
     BD = triton.next_power_of_2(D)
-    hash_decode_step_kernel[(triton.cdiv(rows, BM), H, bits // BB)](
+    hash_decode_step_kernel[(triton.cdiv(B, BR), H, bits // WORD_BITS // BW)](
         q,
         k,
+        v,
         projection,
+        k_pool,
+        v_pool,
         code_cache,
         loc,
-        q_codes_out,
-        histogram,
-        rows,
-        histogram.numel(),
+        workspace.planes,
+        B,
         q.stride(0),
         q.stride(1),
         k.stride(0),
         k.stride(1),
+        v.stride(0),
+        v.stride(1),
         H=H,
         G=G,
         D=D,
+        DV=v.shape[2],
         BD=BD,
+        BDV=triton.next_power_of_2(v.shape[2]),
         BITS=bits,
-        BM=BM,
-        BB=BB,
-        BZ=ZERO_BLOCK,
-        num_warps=8 if BM == MANY_ROWS and BD == 256 else 4,
+        P=workspace.planes.shape[2] - 1,
+        BR=BR,
+        BG=BG,
+        BW=BW,
+        STORE_KV=store_kv,
+        PDL=overlaps_launches(q.device),
+        num_warps=8 if rows == MANY_ROWS and BD == 256 else 4,
     )

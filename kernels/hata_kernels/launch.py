@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Triton's interpreter runs the kernels on a CPU (TRITON_INTERPRET=1, read when Triton is imported). It has no
 # inline assembly.
@@ -16,10 +17,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KV_DTYPES = (torch.bfloat16, torch.float16)
-
-# Programs a kernel aims at for each multiprocessor: enough that all stay busy to the end, few enough that
-# each has a few blocks of work.
-PROGRAMS_PER_MULTIPROCESSOR = 4
+FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @triton.jit
@@ -35,15 +33,25 @@ def popcount(x):
 
 
 @triton.jit
-def share_of(length, i_split, n_splits, BLOCK: tl.constexpr):
-    """First and one-past-last position of a split's share of ``length`` tokens, in whole blocks.
+def wait_for_previous(PDL: tl.constexpr):
+    """Waits until the launch before this one has ended, then lets the next one begin to start.
 
-    The score kernel and the selection kernels split a request by the same rule, but not into equally many
-    parts: no result depends on the number of splits.
+    With programmatic dependent launch (Hopper and later) the programs of a launch are on their multiprocessors before
+    the one ahead of it has ended, so that only this wait is between them. What they read before it must be older than
+    the launch ahead. Every program waits, also one without work: the launch after it relies on that.
     """
-    share = tl.cdiv(tl.cdiv(length, n_splits), BLOCK) * BLOCK
-    start = tl.minimum(i_split * share, length)
-    return start, tl.minimum(start + share, length)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def dot(b_a, b_b):
+    """Matrix product with float32 sums."""
+    if INTERPRETED:  # which takes the bits of bf16 for integers
+        return tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(b_a, b_b)
 
 
 def check_tensor(
@@ -97,11 +105,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def splits_of(rows: int, longest: int, block: int, device: torch.device) -> int:
-    """Programs to give each of ``rows`` rows of at most ``longest`` tokens, read in blocks of ``block``.
-
-    It depends on the batch size and the buffers alone, never on the lengths, which live on the device: a
-    CUDA graph keeps its grid. Programs with nothing left to do exit after one load.
-    """
-    wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device), rows)
-    return max(1, min(wanted, triton.cdiv(longest, block)))
+@cache
+def overlaps_launches(device: torch.device) -> bool:
+    """Whether a GPU has programmatic dependent launch."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

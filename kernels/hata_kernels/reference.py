@@ -1,7 +1,9 @@
 """The specification of HATA's decode step, in plain PyTorch: one short function a step.
 
+    plan     lengths      -> k            how many tokens each request attends to
     hash     x            -> codes        sign bits of an integer projection            (paper, Alg. 2)
-    score    codes        -> distances    Hamming, summed over the query heads of a GQA group   (Alg. 3)
+    weigh    query codes  -> planes       what each bit is worth to a GQA group of queries
+    score    planes       -> distances    Hamming, summed over the group                        (Alg. 3)
     rank     distances    -> ranks        sinks and recent tokens before all others
     select   ranks        -> positions    the k lowest ranks, ties by position
     attend   positions    -> output       softmax attention over those tokens alone
@@ -34,6 +36,21 @@ IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
 
 
 @dataclass(frozen=True)
+class Costs:
+    """What one layer's attention costs, as measured on the GPU that serves: integers, so that host and device agree.
+
+    Args:
+        attend: picoseconds for each token that is attended to.
+        score: picoseconds for each cached token of a request that selects.
+        fixed: picoseconds that a batch pays once if any of its requests selects.
+    """
+
+    attend: int
+    score: int
+    fixed: int
+
+
+@dataclass(frozen=True)
 class Budget:
     """How many tokens a KV head attends to at a context length.
 
@@ -42,15 +59,17 @@ class Budget:
         share_ppm: a share of the context, in parts per million; 0 when the budget is a number.
         floor: never fewer than this (the sinks and recent tokens, which are inside the budget).
         min_context: contexts up to this length are attended whole.
+        costs: when given, so is every context, and every batch, in which selecting would not save time.
     """
 
     tokens: int = 0
     share_ppm: int = 0
     floor: int = 1
     min_context: int = 0
+    costs: Costs | None = None
 
     def of(self, length: IntOrTensor) -> IntOrTensor:
-        """Tokens attended of ``length`` cached tokens: int -> int, or int64 Tensor -> int64 Tensor, exactly alike."""
+        """Tokens that a request selects of ``length`` cached tokens: int -> int, or Tensor -> int64 Tensor, alike."""
         if isinstance(length, Tensor):
             length = length.to(torch.int64)
             share = -(-length * self.share_ppm // 1_000_000)
@@ -61,9 +80,27 @@ class Budget:
         share = -(-length * self.share_ppm // 1_000_000)
         return min(length, max(share, self.tokens, self.floor))
 
+    def plan(self, lengths: Tensor) -> Tensor:
+        """Tokens that each request of a batch attends to: all of them, unless selecting saves time.
+
+        Args:
+            lengths: [B] integer, cached tokens, the current one included.
+
+        Returns:
+            [B] int64.
+        """
+        lengths = lengths.to(torch.int64)
+        kept = self.of(lengths)
+        if self.costs is None:
+            return kept
+        saved = ((lengths - kept) * self.costs.attend - lengths * self.costs.score).clamp(min=0)
+        selects = (saved > 0) & (saved.sum() > self.costs.fixed)
+        return torch.where(selects, kept, lengths)
+
     def largest(self, max_context: int) -> int:
-        """The most tokens any request of at most ``max_context`` tokens can attend to."""
-        return max(self.of(max_context), min(self.min_context, max_context))
+        """The most tokens that a request of at most ``max_context`` tokens selects, if it leaves any out."""
+        share = -(-max_context * self.share_ppm // 1_000_000)
+        return min(max_context, max(share, self.tokens, self.floor))
 
 
 def integer_rows(x: Tensor) -> Tensor:
@@ -107,6 +144,11 @@ def pack_bits(bits: Tensor) -> Tensor:
     return packed.to(torch.int32)  # int64 to int32 keeps the low 32 bits
 
 
+def unpack_bits(words: Tensor) -> Tensor:
+    """[..., W] int32 -> [..., 32 W] int32 of zeros and ones; the inverse of `pack_bits`."""
+    return ((words.unsqueeze(-1) >> torch.arange(WORD_BITS, device=words.device)) & 1).flatten(-2)
+
+
 def popcount(x: Tensor) -> Tensor:
     """Set bits of each int32."""
     x = x - ((x >> 1) & 0x55555555)
@@ -115,34 +157,85 @@ def popcount(x: Tensor) -> Tensor:
     return (x * 0x01010101) >> 24
 
 
-def hamming_scores(query_codes: Tensor, key_codes: Tensor) -> Tensor:
-    """Hamming distances summed over each GQA group (paper, Alg. 3); the smallest is the best.
+def query_weights(query_codes: Tensor, kv_heads: int) -> Tensor:
+    """What each bit of a key's code is worth to a group of queries (paper, Alg. 3, summed over the GQA group).
+
+    The Hamming distances of a key to the G queries of its group add up bit by bit: a key bit that is 1 where n of
+    the queries have a 1 adds G - n, one that is 0 adds n. Which of the two is cheaper, and by how much, is all that
+    the choice of keys depends on; so the group is summed once, before any key is read.
 
     Args:
-        query_codes: [Hq, W] int32, the codes of one request's query heads.
+        query_codes: [B, Hq, W] int32.
+
+    Returns:
+        [B, H, bits] int32, w = 2 n - G, halved where G is even: the sign is the bit that most queries have, the
+        magnitude what a key pays for the other one.
+    """
+    G = query_codes.shape[1] // kv_heads
+    ones = unpack_bits(query_codes).unflatten(1, (kv_heads, G)).sum(2, dtype=torch.int32)
+    return (2 * ones - G) // (1 if G % 2 else 2)  # exact: 2 n - G is even where G is
+
+
+def magnitudes(group: int) -> int:
+    """The largest magnitude of `query_weights` for a group of G query heads."""
+    return group if group % 2 else group // 2
+
+
+def query_planes(weights: Tensor, group: int) -> Tensor:
+    """Weights cut into words that popcounts can work on.
+
+    Args:
+        weights: [..., bits] int32.
+
+    Returns:
+        [..., 1 + P, W] int32: the signs (set where the weight is positive), then the P binary digits of the
+        magnitudes, the lowest first.
+    """
+    digits = [(weights.abs() >> p) & 1 for p in range(magnitudes(group).bit_length())]
+    return torch.stack([pack_bits(weights > 0), *(pack_bits(digit > 0) for digit in digits)], dim=-2)
+
+
+def distances(planes: Tensor, key_codes: Tensor) -> Tensor:
+    """Summed weights of the bits in which a key differs from what its group of queries prefers; least is best.
+
+    The Hamming distances summed over the group, but for a constant of the group and a factor of 2 where G is even:
+    the order of the keys is the same, ties too.
+
+    Args:
+        planes: [H, 1 + P, W] int32, of one request.
         key_codes: [L, H, W] int32, the codes of its cached keys in order of position.
 
     Returns:
-        [H, L] int32, from 0 to G * bits.
+        [H, L] int32, from 0 to `magnitudes` * bits.
     """
-    _, H, W = key_codes.shape
-    queries = query_codes.view(H, -1, 1, W)
-    keys = key_codes.transpose(0, 1).unsqueeze(1)
-    return popcount(queries ^ keys).sum(dim=(1, 3), dtype=torch.int32)
+    differs = key_codes.transpose(0, 1) ^ planes[:, :1]
+    total = torch.zeros(differs.shape[:2], dtype=torch.int32, device=differs.device)
+    for p in range(planes.shape[1] - 1):
+        total += popcount(differs & planes[:, 1 + p : 2 + p]).sum(-1, dtype=torch.int32) << p
+    return total
 
 
-def rank_scores(scores: Tensor, sink: int, recent: int) -> Tensor:
-    """Ranks to select by: 0 for tokens that are always kept, 1 + score for all others.
+def bins_of(group: int, bits: int) -> int:
+    """How many different ranks there are: a power of two, 256 for groups of 4 and codes of 128 bits."""
+    return 1 << (magnitudes(group) * bits - 1).bit_length()
+
+
+def rank(distance: Tensor, sink: int, recent: int, bins: int) -> Tensor:
+    """Ranks to select by: 0 for tokens that are always kept, 1 + distance for all others, at most bins - 2.
+
+    The three largest distances share the last rank. Only a key that disagrees with nearly all queries in nearly all
+    bits is that far, and so a rank is a byte in the usual case, with one value, bins - 1, to spare for no token.
 
     Args:
-        scores: [H, L] int32.
+        distance: [H, L] int32.
         sink: the first ``sink`` tokens are always kept.
         recent: so are the last ``recent``; at least 1, so that the current token always is.
+        bins: `bins_of`.
     """
-    L = scores.shape[-1]
-    position = torch.arange(L, device=scores.device)
+    L = distance.shape[-1]
+    position = torch.arange(L, device=distance.device)
     kept = (position < sink) | (position >= L - max(recent, 1))
-    return torch.where(kept, 0, scores + 1)
+    return torch.where(kept, 0, (distance + 1).clamp(max=bins - 2))
 
 
 def select_positions(ranks: Tensor, k: int) -> Tensor:
@@ -197,12 +290,15 @@ def hata_decode(
     Returns:
         The output [B, Hq, Dv], and for each request the selected positions [H, k] int64.
     """
-    query_codes = hash_codes(query, projection)
-    head = torch.arange(key_cache.shape[1], device=query.device).unsqueeze(1)
+    H, _, bits = projection.shape
+    G = query.shape[1] // H
+    planes = query_planes(query_weights(hash_codes(query, projection), H), G)
+    kept = budget.plan(torch.tensor([len(request) for request in slots])).tolist()
+    head = torch.arange(H, device=query.device).unsqueeze(1)
     outputs, selected = [], []
-    for q, q_codes, request_slots in zip(query, query_codes, slots, strict=True):
-        scores = hamming_scores(q_codes, code_cache[request_slots])
-        positions = select_positions(rank_scores(scores, sink, recent), budget.of(len(request_slots)))
+    for q, q_planes, request_slots, k in zip(query, planes, slots, kept, strict=True):
+        distance = distances(q_planes, code_cache[request_slots])
+        positions = select_positions(rank(distance, sink, recent, bins_of(G, bits)), k)
         chosen = request_slots[positions]
         outputs.append(attend(q, key_cache[chosen, head], value_cache[chosen, head], scale))
         selected.append(positions)

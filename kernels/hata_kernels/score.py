@@ -1,9 +1,12 @@
-"""Score: Hamming distances summed over a GQA group (paper, Alg. 3), as ranks, and their histogram.
+"""Score: distances of all cached keys to each group of queries, as ranks, and how many tokens have each rank.
 
-Specification: `reference.hamming_scores` and `reference.rank_scores`. Ranks are small integers, so the cut
-    that selection
-needs is found in a histogram, with no sort; counts of integers do not depend on the order of the atomics that
-add them.
+Specification: `reference.distances` and `reference.rank`. Ranks are small integers, so the cut that selection needs is
+found by counting, with no sort. Counts of integers do not depend on the order of the additions.
+
+A program takes shares of consecutive tokens (`plan.plan_step`) and all KV heads, as a token's codes for all heads lie
+side by side (128 bytes with 8 heads of 128 bits): it reads whole cache lines wherever SGLang put the slots, and reads
+the slot table once. Counts are kept in shared memory: counting 8 million tokens by atomics on global memory takes
+longer than reading their codes.
 """
 # mypy: allow-untyped-defs
 
@@ -12,160 +15,193 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hata_kernels.launch import INDEX_DTYPES, check_tensor, popcount, share_of, splits_of
-from hata_kernels.reference import WORD_BITS
+from hata_kernels.launch import INTERPRETED, check_tensor, overlaps_launches, popcount, wait_for_previous
+from hata_kernels.workspace import PIECE, DecodeWorkspace
 
-# Code words a program holds at a time: 32 registers for each of 128 threads.
-TILE_WORDS = 4096
-MAX_BLOCK = 1024
-# Ranks are stored in int16.
-MAX_RANK = 2**15 - 1
+# How many loads of codes are on their way at a time.
+STAGES = 3
+# Words between the counts of two heads beyond their own: equal ranks of neighbouring heads lie in different banks.
+SKEW = 4
+# Triton has no shared memory that a program can index. These four lines of PTX are such an array: its address, and
+# storing, adding to and loading its elements. They are side effects, so they stay in order with the barriers.
+ARRAY = "{{ .shared .align 16 .b32 hata_histogram[{}]; mov.u32 $0, hata_histogram; }}"
+STORE = tl.constexpr("st.shared.b32 [$1], $2; mov.b32 $0, 0;")
+ADD = tl.constexpr("red.shared.add.u32 [$1], $2; mov.b32 $0, 0;")
+LOAD = tl.constexpr("ld.shared.b32 $0, [$1];")
+
+
+@triton.jit
+def shared_array(DECLARATION: tl.constexpr):
+    """Address of an array of int32 in shared memory; `ARRAY` with its size is the declaration."""
+    return tl.inline_asm_elementwise(DECLARATION, "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def shared_zero(address):
+    tl.inline_asm_elementwise(STORE, "=r,r,r", [address, address * 0], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def shared_add(address, b_x):
+    """Adds each element once if no thread holds another's copy: tiles of 128 elements and more, reduced over an axis
+    that lies within a thread. The tests count."""
+    tl.inline_asm_elementwise(ADD, "=r,r,r", [address, b_x], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def shared_load(address):
+    return tl.inline_asm_elementwise(LOAD, "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit(do_not_specialize=["sink", "recent"])
-def score_and_count_kernel(
-    q_codes,
+def score_kernel(
+    planes,
     code_cache,
     slot_table,
-    req_rows,
-    seq_lens,
-    k_lens,
+    shares,
     ranks,
     histogram,
+    share_counts,
     table_stride,
     rank_stride,
-    bins,
     sink,
     recent,
     H: tl.constexpr,
-    BH: tl.constexpr,
-    G: tl.constexpr,
+    HB: tl.constexpr,
+    P: tl.constexpr,
     W: tl.constexpr,
+    WV: tl.constexpr,
     BT: tl.constexpr,
-    SKIP_WHOLE: tl.constexpr,
+    BINS: tl.constexpr,
+    PIECE: tl.constexpr,
+    SHARED: tl.constexpr,
+    STRIDE: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """One program scores a share of one request's tokens for all KV heads.
+    """WV words, 16 bytes where a code has as many, are loaded at once by a thread, which then holds all of them: the
+    sum over a code's words stays within a thread."""
+    i_share = tl.program_id(0)
+    i_hb = tl.program_id(1)
+    i_b = tl.load(shares + i_share * PIECE).to(tl.int64)
+    if i_b < 0:
+        wait_for_previous(PDL)
+        return
+    i_row = tl.load(shares + i_share * PIECE + 1).to(tl.int64)
+    start = tl.multiple_of(tl.load(shares + i_share * PIECE + 2), 16)
+    end = tl.load(shares + i_share * PIECE + 3)
+    length = tl.load(shares + i_share * PIECE + 4)
 
-    A token's codes for all heads are H * W * 4 consecutive bytes (128 with 8 heads of 128 bits), so a program
-    that takes all heads reads whole cache lines wherever SGLang put the slots, and reads the slot table once.
-    One program a head would fetch each 32-byte sector for 16 useful bytes and read the slot table H times.
-    """
-    i_b = tl.program_id(0).to(tl.int64)
-    i_s = tl.program_id(1)
-    length = tl.load(seq_lens + i_b).to(tl.int32)
-    if SKIP_WHOLE:  # noqa: SIM102 (known at compile time)
-        # Everything is kept: nobody will read the ranks.
-        if tl.load(k_lens + i_b).to(tl.int32) >= length:
-            return
-    start, end = share_of(length, i_s, tl.num_programs(1), BT)
-    p_slot = slot_table + tl.load(req_rows + i_b).to(tl.int64) * table_stride
-
-    o_w = tl.arange(0, BH * W)
-    m_w = o_w < H * W
-    o_h = tl.arange(0, BH)
+    o_c = tl.arange(0, HB * WV)
+    o_column = i_hb * HB + o_c // WV
+    m_c = o_column < H
+    o_word = o_column * W + o_c % WV
+    o_h = i_hb * HB + tl.arange(0, HB)
     m_h = o_h < H
-    o_row = i_b * H + o_h
-    p_q = q_codes + i_b * (H * G * W) + (o_w // W) * (G * W) + o_w % W
-    for i_t in range(start, end, BT):
+    o_bin = tl.arange(0, BINS)
+    b_count = tl.zeros([HB, BINS], tl.int32)
+    if INTERPRETED:
+        p_shared = 0
+    else:
+        p_shared = shared_array(SHARED)
+        shared_zero(p_shared + (tl.arange(0, HB)[:, None] * STRIDE + o_bin[None, :]) * 4)
+        tl.debug_barrier()
+
+    wait_for_previous(PDL)
+    p_slot = slot_table + i_row * table_stride
+    p_plane = planes + i_b * (H * (1 + P) * W) + o_column * ((1 + P) * W) + o_c % WV
+    p_rank = ranks + (i_b * H + o_h) * rank_stride
+    for i_t in tl.range(start, end, BT, num_stages=STAGES):
         o_t = i_t + tl.arange(0, BT)
         m_t = o_t < end
         b_slot = tl.load(p_slot + o_t, mask=m_t, other=0).to(tl.int64)
-        p_k = code_cache + b_slot[:, None] * (H * W) + o_w[None, :]
-        b_k = tl.load(p_k, mask=m_t[:, None] & m_w[None, :], other=0)
-        b_bits = tl.zeros([BT, BH * W], tl.int32)
-        for i_g in tl.static_range(G):
-            b_q = tl.load(p_q + i_g * W, mask=m_w, other=0)
-            b_bits += popcount(b_k ^ b_q[None, :])
-        b_score = tl.sum(tl.reshape(b_bits, [BT, BH, W]), axis=2)
-
+        b_distance = tl.zeros([BT, HB], tl.int32)
+        for i_v in tl.static_range(W // WV):
+            p_code = code_cache + b_slot[:, None] * (H * W) + (o_word + i_v * WV)[None, :]
+            b_code = tl.load(p_code, mask=m_t[:, None] & m_c[None, :], other=0)
+            b_differs = b_code ^ tl.load(p_plane + i_v * WV, mask=m_c, other=0)[None, :]
+            b_bits = tl.zeros([BT, HB * WV], tl.int32)
+            for i_p in tl.static_range(P):
+                b_plane = tl.load(p_plane + (1 + i_p) * W + i_v * WV, mask=m_c, other=0)
+                b_bits += popcount(b_differs & b_plane[None, :]) << i_p
+            b_distance += tl.sum(tl.reshape(b_bits, [BT, HB, WV]), axis=2)
         m_kept = (o_t < sink) | (o_t >= length - recent)
-        b_rank = tl.where(m_kept[:, None], 0, b_score + 1)
+        b_rank = tl.where(m_kept[:, None], 0, tl.minimum(b_distance + 1, BINS - 2))
+        # Whole blocks, so that stores are wide: beyond a request's last token goes the rank of no token.
+        p_out = p_rank[None, :] + o_t[:, None]
+        b_stored = tl.where(m_t[:, None], b_rank, BINS - 1).to(ranks.dtype.element_ty)
+        tl.store(p_out, b_stored, mask=m_h[None, :] & (o_t >= 0)[:, None])
         m = m_t[:, None] & m_h[None, :]
-        p_rank = ranks + (o_row * rank_stride)[None, :] + o_t[:, None]
-        tl.store(p_rank, b_rank.to(tl.int16), mask=m)
-        p_bin = histogram + (o_row * bins)[None, :] + b_rank
-        tl.atomic_add(p_bin, tl.full([BT, BH], 1, tl.int32), mask=m, sem="relaxed")
+        if INTERPRETED:
+            b_one = (b_rank[:, :, None] == o_bin[None, None, :]) & m[:, :, None]
+            b_count += tl.sum(b_one.to(tl.int32), axis=0)
+        else:
+            shared_add(p_shared + (tl.arange(0, HB)[None, :] * STRIDE + b_rank) * 4, m.to(tl.int32))
 
-
-def bins_of(group: int, bits: int) -> int:
-    """Different ranks: 0 for tokens always kept, 1 + distance for the others."""
-    return group * bits + 2
+    if not INTERPRETED:
+        tl.debug_barrier()
+        b_count = shared_load(p_shared + (tl.arange(0, HB)[:, None] * STRIDE + o_bin[None, :]) * 4)
+    p_bin = histogram + ((i_b * H + o_h) * BINS)[:, None] + o_bin[None, :]
+    tl.atomic_add(p_bin, b_count, mask=m_h[:, None] & (b_count > 0), sem="relaxed")
+    p_up_to = share_counts + ((i_share * H + o_h).to(tl.int64) * BINS)[:, None] + o_bin[None, :]
+    tl.store(p_up_to, tl.cumsum(b_count, axis=1).to(tl.int16), mask=m_h[:, None])
 
 
 def score_and_count(
-    q_codes: Tensor,
     code_cache: Tensor,
     slot_table: Tensor,
-    req_rows: Tensor,
-    seq_lens: Tensor,
-    ranks: Tensor,
-    histogram: Tensor,
+    workspace: DecodeWorkspace,
+    batch: int,
     *,
     sink: int,
     recent: int,
-    k_lens: Tensor | None = None,
 ) -> None:
-    """Ranks of every cached token of every request, and how many tokens have each rank.
+    """Ranks of every cached token of each request that selects, and how many tokens have each rank.
 
     Args:
-        q_codes: [B, G * H, W] int32, contiguous.
-        code_cache: [S, H, W] int32, contiguous.
+        code_cache: [S, H, W] int32, contiguous, 16-byte aligned.
         slot_table: [requests, max_context] int32, rows contiguous: the slot of each position.
-        req_rows: [B] int32 or int64: the row of ``slot_table`` of each request.
-        seq_lens: [B] int32 or int64: cached tokens, the current one included; at least 1, at most ``stride``.
-        ranks: [B, H, stride] int16, contiguous. Written up to each request's length, untouched beyond it.
-        histogram: [B, H, bins] int32, contiguous, zero on entry; bins >= G * bits + 2.
+        workspace: planned for ``batch`` requests, with the planes of this layer's queries and a histogram of zeros.
+            Gets ``ranks`` (whole blocks; beyond a request's length the rank of no token), ``histogram`` and
+            ``share_counts``; a request that keeps all its tokens gets none.
         sink, recent: the first and the last tokens that are always kept (at least the last one is).
-        k_lens: [B] int32 or int64: when given, a request that keeps all its tokens is skipped, and its ranks
-            and histogram stay as they were. `topk.select_slots` does not read them.
 
     Raises:
         ValueError: on a shape, stride, dtype or device that the kernel would misread.
     """
-    device = q_codes.device
-    check_tensor("code_cache", code_cache, (None, None, None), torch.int32, device)
-    _, H, W = code_cache.shape
-    check_tensor("q_codes", q_codes, (None, None, W), torch.int32, device)
-    B, q_heads, _ = q_codes.shape
-    if W not in (2, 4, 8) or q_heads == 0 or q_heads % H:
-        raise ValueError(f"{q_heads} query heads over {H} KV heads, codes of {W} words: expected 2, 4 or 8")
-    G = q_heads // H
+    device, grid = workspace.device, workspace.grid
+    _, H, planes, W = workspace.planes.shape
+    check_tensor("code_cache", code_cache, (None, H, W), torch.int32, device)
     check_tensor("slot_table", slot_table, (None, None), torch.int32, device, contiguous=False)
-    check_tensor("req_rows", req_rows, (B,), INDEX_DTYPES, device)
-    check_tensor("seq_lens", seq_lens, (B,), INDEX_DTYPES, device)
-    check_tensor("ranks", ranks, (B, H, None), torch.int16, device)
-    check_tensor("histogram", histogram, (B, H, None), torch.int32, device)
-    if k_lens is not None:
-        check_tensor("k_lens", k_lens, (B,), INDEX_DTYPES, device)
-    bins = bins_of(G, W * WORD_BITS)
-    if histogram.shape[2] < bins or bins - 1 > MAX_RANK:
-        raise ValueError(f"histogram: {histogram.shape[2]} bins for {bins} ranks, at most {MAX_RANK + 1}")
     if sink < 0 or recent < 0:
         raise ValueError(f"sink {sink} and recent {recent} must not be negative")
-    if B == 0:
+    if batch == 0:
         return
-
-    BH = triton.next_power_of_2(H)
-    BT = max(1, min(MAX_BLOCK, TILE_WORDS // (BH * W)))
-    score_and_count_kernel[(B, splits_of(B, ranks.shape[2], BT, device))](
-        q_codes,
+    HB, bins = grid.head_block, workspace.bins
+    score_kernel[(workspace.pieces(batch)[0], triton.cdiv(H, HB))](
+        workspace.planes,
         code_cache,
         slot_table,
-        req_rows,
-        seq_lens,
-        seq_lens if k_lens is None else k_lens,
-        ranks,
-        histogram,
+        workspace.shares,
+        workspace.ranks,
+        workspace.histogram,
+        workspace.share_counts,
         slot_table.stride(0),
-        ranks.shape[2],
-        histogram.shape[2],
+        workspace.ranks.stride(1),
         sink,
         max(recent, 1),
         H=H,
-        BH=BH,
-        G=G,
+        HB=HB,
+        P=planes - 1,
         W=W,
-        BT=BT,
-        SKIP_WHOLE=k_lens is not None,
+        WV=min(W, 4),
+        BT=grid.share_block,
+        BINS=bins,
+        PIECE=PIECE,
+        SHARED=ARRAY.format(HB * (bins + SKEW)),
+        STRIDE=bins + SKEW,
+        STAGES=STAGES,
+        PDL=overlaps_launches(device),
+        launch_pdl=overlaps_launches(device),
         num_warps=4,
     )

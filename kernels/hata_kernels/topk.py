@@ -1,11 +1,10 @@
 """Select: the slots of the k lowest ranks of each (request, KV head), in order of position.
 
-Specification: `reference.select_positions`. Two launches over (request and head, split):
+Specification: `reference.select_positions`. Tokens below the threshold are all kept; of those on it, the earliest, as
+many as are still wanted. Two launches:
 
-    count    threshold from the histogram; how many ranks of each split lie below it, and how many on it
-    compact  prefix sums of those counts give each split its place; selected slots are written in order
-
-Tokens below the threshold are all kept; of those on it, the earliest, as many as are still wanted.
+    cut      the counts of a whole row give its threshold; those of its shares, added up, where each one's tokens go
+    compact  every share writes its selected slots to their place, and waits for no neighbour
 """
 # mypy: allow-untyped-defs
 
@@ -14,210 +13,225 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hata_kernels.launch import INDEX_DTYPES, check_tensor, share_of, splits_of
+from hata_kernels.launch import check_tensor, overlaps_launches, popcount, wait_for_previous
+from hata_kernels.workspace import PIECE, REQUEST, DecodeWorkspace
 
-# Ranks a program reads at a time: 16 bytes for each of 128 threads. Below 2^15, for the packed prefix sum.
-BLOCK = 1024
+# Shares whose counts a program of the cut adds up at a time.
+SHARE_BLOCK = 512
+# A program of the compaction is one warp, which needs no barriers: each lane has COLUMNS consecutive ranks, 16 bytes in
+# the usual case. Their marks fill an int32: selected for sure in the low half, tied in the high half.
+LANES, COLUMNS = 32, 16
+# Programs of the compaction are short: with many KV heads each takes several shares, as starting one takes time too.
+HEADS_PER_SHARE = 8
 
 
 @triton.jit
-def count_kernel(
-    ranks,
+def cut_kernel(
     histogram,
-    k_lens,
-    seq_lens,
-    thresholds,
-    counts,
-    rank_stride,
-    bins,
-    H: tl.constexpr,
-    BINS: tl.constexpr,
-    BT: tl.constexpr,
-):
-    i_row = tl.program_id(0).to(tl.int64)
-    i_s = tl.program_id(1)
-    n_s = tl.num_programs(1)
-    length = tl.load(seq_lens + i_row // H).to(tl.int32)
-    k = tl.load(k_lens + i_row // H).to(tl.int32)
-    if k >= length:
-        return
-
-    # Every program finds the threshold itself: a launch of its own would take longer than a row of the
-    # histogram.
-    o_bin = tl.arange(0, BINS)
-    b_count = tl.load(histogram + i_row * bins + o_bin, mask=o_bin < bins, other=0)
-    threshold = tl.sum((tl.cumsum(b_count, axis=0) < k).to(tl.int32), axis=0)
-    below = tl.sum(tl.where(o_bin < threshold, b_count, 0), axis=0)
-    if i_s == 0:
-        tl.store(thresholds + i_row * 2, threshold)
-        tl.store(thresholds + i_row * 2 + 1, k - below)
-
-    start, end = share_of(length, i_s, n_s, BT)
-    b_less = tl.zeros([BT], tl.int32)
-    b_tie = tl.zeros([BT], tl.int32)
-    for i_t in range(start, end, BT):
-        o_t = i_t + tl.arange(0, BT)
-        m_t = o_t < end
-        b_rank = tl.load(ranks + i_row * rank_stride + o_t, mask=m_t, other=32767).to(tl.int32)
-        b_less += (m_t & (b_rank < threshold)).to(tl.int32)
-        b_tie += (m_t & (b_rank == threshold)).to(tl.int32)
-    p_count = counts + (i_row * n_s + i_s) * 2
-    tl.store(p_count, tl.sum(b_less, axis=0))
-    tl.store(p_count + 1, tl.sum(b_tie, axis=0))
-
-
-@triton.jit
-def compact_kernel(
-    ranks,
-    thresholds,
-    counts,
-    k_lens,
-    indptr,
-    seq_lens,
-    slot_table,
-    req_rows,
-    out_indices,
-    table_stride,
-    rank_stride,
+    share_counts,
+    requests,
+    cuts,
+    offsets,
     H: tl.constexpr,
     BS: tl.constexpr,
-    BT: tl.constexpr,
+    BINS: tl.constexpr,
+    REQUEST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    i_row = tl.program_id(0).to(tl.int64)
-    i_s = tl.program_id(1)
-    n_s = tl.num_programs(1)
-    i_b = i_row // H
-    i_h = (i_row % H).to(tl.int32)
-    length = tl.load(seq_lens + i_b).to(tl.int32)
-    k = tl.load(k_lens + i_b).to(tl.int32)
-    p_slot = slot_table + tl.load(req_rows + i_b).to(tl.int64) * table_stride
-    p_out = out_indices + tl.load(indptr + i_row).to(tl.int64)
-    start, end = share_of(length, i_s, n_s, BT)
+    i_b = tl.program_id(0)
+    i_h = tl.program_id(1)
+    k = tl.load(requests + i_b * REQUEST)
+    i_first = tl.load(requests + i_b * REQUEST + 1)
+    i_end = tl.load(requests + i_b * REQUEST + 2)
+    wait_for_previous(PDL)
+    if i_first == i_end:
+        return  # everything is kept
+    i_row = i_b.to(tl.int64) * H + i_h
+    o_bin = tl.arange(0, BINS)
+    b_count = tl.load(histogram + i_row * BINS + o_bin)
+    threshold = tl.sum((tl.cumsum(b_count, axis=0) < k).to(tl.int32), axis=0)
+    wanted = k - tl.sum(tl.where(o_bin < threshold, b_count, 0), axis=0)
+    # The counts have been used: zeros for the next layer.
+    tl.debug_barrier()
+    tl.store(histogram + i_row * BINS + o_bin, tl.zeros([BINS], tl.int32))
+    tl.store(cuts + i_row * 2, threshold)
+    tl.store(cuts + i_row * 2 + 1, wanted)
 
-    if k >= length:
-        for i_t in range(start, end, BT):
-            o_t = i_t + tl.arange(0, BT)
-            b_slot = tl.load(p_slot + o_t, mask=o_t < end, other=0)
-            tl.store(p_out + o_t, b_slot * H + i_h, mask=o_t < end)
-    else:
-        threshold = tl.load(thresholds + i_row * 2)
-        wanted = tl.load(thresholds + i_row * 2 + 1)
-        o_s = tl.arange(0, BS)
-        p_count = counts + (i_row * n_s + o_s) * 2
-        less = tl.sum(tl.load(p_count, mask=o_s < i_s, other=0), axis=0)
-        tie = tl.sum(tl.load(p_count + 1, mask=o_s < i_s, other=0), axis=0)
-        own_less = tl.load(counts + (i_row * n_s + i_s) * 2)
-        if (own_less == 0) & (tie >= wanted):
-            # Most splits of a long request end up here: nothing in them is selected.
-            end = start
-        for i_t in range(start, end, BT):
-            o_t = i_t + tl.arange(0, BT)
-            m_t = o_t < end
-            b_rank = tl.load(ranks + i_row * rank_stride + o_t, mask=m_t, other=32767).to(tl.int32)
-            b_less = (m_t & (b_rank < threshold)).to(tl.int32)
-            b_tie = (m_t & (b_rank == threshold)).to(tl.int32)
-            # Both prefix sums in one scan: ranks below the threshold in the low half, on it in the high half.
-            b_both = b_less + (b_tie << 16)
-            b_before = tl.cumsum(b_both, axis=0) - b_both
-            b_less_before = less + (b_before & 0xFFFF)
-            b_tie_before = tie + (b_before >> 16)
-            m_out = (b_less > 0) | ((b_tie > 0) & (b_tie_before < wanted))
-            b_slot = tl.load(p_slot + o_t, mask=m_out, other=0)
-            o_out = b_less_before + tl.minimum(b_tie_before, wanted)
-            tl.store(p_out + o_out, b_slot * H + i_h, mask=m_out)
-            less += tl.sum(b_less, axis=0)
-            tie += tl.sum(b_tie, axis=0)
+    less = 0
+    tie = 0
+    for i_s in range(i_first, i_end, BS):
+        o_s = i_s + tl.arange(0, BS)
+        m_s = o_s < i_end
+        o_row = o_s.to(tl.int64) * H + i_h
+        p_count = share_counts + o_row * BINS + threshold
+        b_less = tl.load(p_count - 1, mask=m_s & (threshold > 0), other=0).to(tl.int32)
+        b_tie = tl.load(p_count, mask=m_s, other=0).to(tl.int32) - b_less
+        tl.store(offsets + o_row * 2, less + tl.cumsum(b_less, axis=0) - b_less, mask=m_s)
+        tl.store(offsets + o_row * 2 + 1, tie + tl.cumsum(b_tie, axis=0) - b_tie, mask=m_s)
+        less += tl.sum(b_less, axis=0)
+        tie += tl.sum(b_tie, axis=0)
 
 
-def selection_splits(B: int, H: int, longest: int, device: torch.device) -> int:
-    """Programs for each (request, KV head), which `select_slots` needs to size ``counts``."""
-    return splits_of(B * H, longest, BLOCK, device)
+@triton.jit
+def compact_share(
+    ranks,
+    shares,
+    cuts,
+    offsets,
+    slot_table,
+    slots,
+    i_share,
+    i_h,
+    table_stride,
+    rank_stride,
+    slot_stride,
+    H: tl.constexpr,
+    BINS: tl.constexpr,
+    BL: tl.constexpr,
+    BC: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Few tokens are selected, so little is done for each: one mark. Then every lane walks over its marks."""
+    p_share = shares + i_share * PIECE
+    # A piece without work is of request -1, and has nothing between its start and its end.
+    i_b = tl.maximum(tl.load(p_share), 0).to(tl.int64)
+    i_row = i_b * H + i_h
+    p_table = slot_table + tl.load(p_share + 1).to(tl.int64) * table_stride
+    start = tl.multiple_of(tl.load(p_share + 2), 16)
+    end = tl.load(p_share + 3)
+    p_rank = ranks + i_row * rank_stride
+    p_out = slots + i_row * slot_stride
+    o_lane = tl.arange(0, BL) * BC
+    o_c = tl.arange(0, BC)
+    # Whole blocks of 16, so that loads are wide; beyond the last token scoring has left the rank of no token.
+    rounded = tl.multiple_of(tl.cdiv(end, 16) * 16, 16)
+    o_t = start + o_lane[:, None] + o_c[None, :]
+    b_next = tl.load(p_rank + o_t, mask=o_t < rounded, other=BINS - 1)
+    threshold = tl.load(cuts + i_row * 2)
+    wanted = tl.load(cuts + i_row * 2 + 1)
+    less = tl.load(offsets + (i_share * H + i_h) * 2)
+    tie = tl.load(offsets + (i_share * H + i_h) * 2 + 1)
+    for i_t in range(start, end, BL * BC):
+        b_rank = b_next.to(tl.int32)
+        o_t = i_t + BL * BC + o_lane[:, None] + o_c[None, :]
+        b_next = tl.load(p_rank + o_t, mask=o_t < rounded, other=BINS - 1)
+        b_mark = tl.where(b_rank < threshold, 1 << o_c[None, :], 0)
+        b_mark = tl.sum(tl.where(b_rank == threshold, 65536 << o_c[None, :], b_mark), axis=1)
+        # Both prefix sums in one scan.
+        b_both = popcount(b_mark & 0xFFFF) + (popcount(b_mark & -65536) << 16)
+        b_before = tl.cumsum(b_both, axis=0) - b_both
+        b_less = less + (b_before & 0xFFFF)
+        b_tie = tie + (b_before >> 16)
+        both = tl.sum(b_both, axis=0)
+        less += both & 0xFFFF
+        tie += both >> 16
+        b_left = (b_mark | (b_mark >> 16)) & 0xFFFF
+        for _ in range(tl.max(popcount(b_left), axis=0)):
+            b_lowest = b_left & -b_left
+            b_left ^= b_lowest
+            m_less = (b_mark & b_lowest) != 0
+            m_tie = (b_lowest != 0) & ~m_less
+            m_out = m_less | (m_tie & (b_tie < wanted))
+            b_slot = tl.load(p_table + i_t + o_lane + popcount(b_lowest - 1), mask=m_out, other=0)
+            tl.store(p_out + b_less + tl.minimum(b_tie, wanted), b_slot, mask=m_out)
+            b_less += m_less.to(tl.int32)
+            b_tie += m_tie.to(tl.int32)
 
 
-def select_slots(
-    ranks: Tensor,
-    histogram: Tensor,
-    k_lens: Tensor,
-    indptr: Tensor,
-    seq_lens: Tensor,
-    slot_table: Tensor,
-    req_rows: Tensor,
-    out_indices: Tensor,
-    *,
-    thresholds: Tensor,
-    counts: Tensor,
-) -> None:
-    """Rows of the [S * H] view of the KV pool that each (request, KV head) attends to.
+@triton.jit(do_not_specialize=["n_shares"])
+def compact_kernel(
+    ranks,
+    shares,
+    cuts,
+    offsets,
+    slot_table,
+    slots,
+    table_stride,
+    rank_stride,
+    slot_stride,
+    n_shares,
+    H: tl.constexpr,
+    SHARES: tl.constexpr,
+    BINS: tl.constexpr,
+    BL: tl.constexpr,
+    BC: tl.constexpr,
+    PIECE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    i_h = tl.program_id(0) % H
+    first_share = tl.program_id(0) // H * SHARES
+    wait_for_previous(PDL)
+    for i_share in range(first_share, tl.minimum(first_share + SHARES, n_shares)):
+        compact_share(
+            ranks,
+            shares,
+            cuts,
+            offsets,
+            slot_table,
+            slots,
+            i_share,
+            i_h,
+            table_stride,
+            rank_stride,
+            slot_stride,
+            H,
+            BINS,
+            BL,
+            BC,
+            PIECE,
+        )
 
-    ``out_indices[indptr[b * H + h] + i]`` becomes ``slot * H + h`` for the i-th selected position of request
-    b and KV head h, in order of position.
+
+def select_slots(slot_table: Tensor, workspace: DecodeWorkspace, batch: int) -> None:
+    """The slots that each (request, KV head) attends to, for the requests that select.
 
     Args:
-        ranks, histogram: what `score.score_and_count` wrote: [B, H, stride] int16 and [B, H, bins] int32. Not
-            read for a request with k_lens == seq_lens, which keeps everything.
-        k_lens: [B] int32 or int64: tokens to keep, 1 <= k_lens <= seq_lens.
-        indptr: [at least B * H + 1] int32, contiguous: indptr[i + 1] - indptr[i] is k_lens of row i's
-            request.
-        seq_lens, slot_table, req_rows: as for `score.score_and_count`.
-        out_indices: [at least indptr[B * H]] int32, contiguous.
-        thresholds, counts: scratch, int32, contiguous: at least B * H * 2 elements, and B * H * 2 times
-            `selection_splits`.
+        slot_table: [requests, max_context] int32, rows contiguous.
+        workspace: planned for ``batch`` requests and scored; its histogram is zero afterwards.
+            ``slots[b * H + h, i]`` becomes the slot of the i-th selected position of request b and KV head h, in order
+            of position, for i below ``kept[b]``. Rows of requests that keep everything stay as they were.
 
     Raises:
-        ValueError: on a shape, stride, dtype or device that the kernels would misread.
+        ValueError: on a shape, stride, dtype or device that the kernel would misread.
     """
-    device = ranks.device
-    check_tensor("ranks", ranks, (None, None, None), torch.int16, device)
-    B, H, longest = ranks.shape
-    check_tensor("histogram", histogram, (B, H, None), torch.int32, device)
-    check_tensor("k_lens", k_lens, (B,), INDEX_DTYPES, device)
-    check_tensor("seq_lens", seq_lens, (B,), INDEX_DTYPES, device)
-    check_tensor("req_rows", req_rows, (B,), INDEX_DTYPES, device)
-    check_tensor("slot_table", slot_table, (None, None), torch.int32, device, contiguous=False)
-    check_tensor("indptr", indptr, (None,), torch.int32, device)
-    check_tensor("out_indices", out_indices, (None,), torch.int32, device)
-    if B == 0:
+    check_tensor("slot_table", slot_table, (None, None), torch.int32, workspace.device, contiguous=False)
+    if batch == 0:
         return
-    splits = selection_splits(B, H, longest, device)
-    check_tensor("thresholds", thresholds, (None,), torch.int32, device)
-    check_tensor("counts", counts, (None,), torch.int32, device)
-    for name, buffer, size in (
-        ("indptr", indptr, B * H + 1),
-        ("thresholds", thresholds, B * H * 2),
-        ("counts", counts, B * H * splits * 2),
-    ):
-        if buffer.numel() < size:
-            raise ValueError(f"{name}: {buffer.numel()} elements, expected at least {size}")
-
-    grid = (B * H, splits)
-    count_kernel[grid](
-        ranks,
-        histogram,
-        k_lens,
-        seq_lens,
-        thresholds,
-        counts,
-        longest,
-        histogram.shape[2],
+    H = workspace.kv_heads
+    overlap = overlaps_launches(workspace.device)
+    cut_kernel[(batch, H)](
+        workspace.histogram,
+        workspace.share_counts,
+        workspace.requests,
+        workspace.cuts,
+        workspace.offsets,
         H=H,
-        BINS=triton.next_power_of_2(histogram.shape[2]),
-        BT=BLOCK,
+        BS=SHARE_BLOCK,
+        BINS=workspace.bins,
+        REQUEST=REQUEST,
+        PDL=overlap,
+        launch_pdl=overlap,
         num_warps=4,
     )
-    compact_kernel[grid](
-        ranks,
-        thresholds,
-        counts,
-        k_lens,
-        indptr,
-        seq_lens,
+    n_shares, shares_each = workspace.pieces(batch)[0], triton.cdiv(H, HEADS_PER_SHARE)
+    compact_kernel[(triton.cdiv(n_shares, shares_each) * H,)](
+        workspace.ranks,
+        workspace.shares,
+        workspace.cuts,
+        workspace.offsets,
         slot_table,
-        req_rows,
-        out_indices,
+        workspace.slots,
         slot_table.stride(0),
-        longest,
+        workspace.ranks.stride(1),
+        workspace.max_kept,
+        n_shares,
         H=H,
-        BS=triton.next_power_of_2(splits),
-        BT=BLOCK,
-        num_warps=4,
+        SHARES=shares_each,
+        BINS=workspace.bins,
+        BL=LANES,
+        BC=COLUMNS,
+        PIECE=PIECE,
+        PDL=overlap,
+        launch_pdl=overlap,
+        num_warps=1,
     )

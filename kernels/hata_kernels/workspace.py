@@ -2,19 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
+import triton
 from torch import Tensor
 
-from hata_kernels.launch import PROGRAMS_PER_MULTIPROCESSOR, multiprocessors
-from hata_kernels.reference import WORD_BITS
-from hata_kernels.score import MAX_RANK, bins_of
+from hata_kernels.launch import multiprocessors
+from hata_kernels.reference import WORD_BITS, bins_of, magnitudes
 
-# Rows of ranks start on 32-byte boundaries, so that loads are as wide as they can be.
-RANK_ALIGNMENT = 16
-INT32_MAX = 2**31 - 1
+# Query heads of a KV head, at most.
+MAX_GROUP = 16
+# Numbers that describe a piece of work, and a request.
+PIECE, REQUEST = 8, 4
+# Counts of a share are int16.
+MAX_SHARE = 2**15 - 1
+# Selected tokens in the smallest piece of work of the attention kernel.
+MIN_CHUNK = 64
+# Programs of each kernel for every multiprocessor: enough that loads of some cover the arithmetic of others.
+SCORE_PROGRAMS, ATTEND_PROGRAMS = 3, 2
+# Code words that a score program holds at a time: 32 registers for each of 128 threads.
+TILE_WORDS = 4096
+# Bytes of shared memory for the score kernel's histogram. With what Triton takes for tiles it must stay below 48 KiB,
+# the most that a launch gets unasked: Triton asks for what it takes itself, and knows nothing of this.
+HISTOGRAM_BYTES = 8 * 1024
+# Batches up to this size share one compiled kernel.
+SMALL_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How many programs each kernel has, and how small a piece of work may be; from the sizes of the buffers alone.
+
+    Attributes:
+        shares: programs of the score kernel.
+        share_block: tokens that one reads at a time; a share is a multiple of it.
+        max_share: the most tokens of a share.
+        head_block: KV heads that one works on, a power of two.
+        chunks: programs of the attention kernel, besides one for each (request, KV head).
+    """
+
+    shares: int
+    share_block: int
+    max_share: int
+    head_block: int
+    chunks: int
+
+    @classmethod
+    def of(cls, kv_heads: int, words: int, bins: int, device: torch.device) -> Grid:
+        n = multiprocessors(device)
+        heads = triton.next_power_of_2(kv_heads)
+        head_block = min(heads, HISTOGRAM_BYTES // (4 * bins))
+        share_block = max(16, TILE_WORDS // (head_block * words))
+        shares = SCORE_PROGRAMS * n
+        return cls(
+            shares=shares,
+            share_block=share_block,
+            max_share=MAX_SHARE // share_block * share_block,
+            head_block=head_block,
+            chunks=ATTEND_PROGRAMS * n,
+        )
+
+    def pieces(self, kv_heads: int, batch: int, tokens: int) -> tuple[int, int]:
+        """The most shares and chunks that `plan.plan_kernel` cuts a batch of so many requests and tokens into."""
+        shares = max(self.shares, self.shares // 4 + 1 + batch) + tokens // self.max_share
+        return shares, self.chunks // kv_heads + batch
 
 
 @dataclass(frozen=True)
@@ -22,22 +74,38 @@ class DecodeWorkspace:
     """Scratch of one layer's decode step, shared by all layers and all batch sizes up to ``max_batch``.
 
     Attributes:
-        q_codes: [B, Hq, W] int32, codes of the queries.
-        ranks: [B, H, stride] int16, a rank for each cached token.
-        histogram: [B, H, bins] int32, tokens of each rank.
-        thresholds: [B * H * 2] int32, the rank at the cut and how many tokens of that rank are kept.
-        counts: int32, two for each part into which selection splits a (request, KV head).
-        indptr: [B * H + 1] int32: where each (request, KV head) begins in ``indices``.
-        indices: int32, rows of the [S * H] view of the KV pool, in order of position.
+        planes: [B, H, 1 + P, W] int32, what each bit of a code is worth to the queries.
+        ranks: [B, H, stride] uint8, int16 with more than 256 bins: a rank for each cached token.
+        histogram: [B, H, bins] int32, tokens of each rank. Zero between steps.
+        share_counts: [shares, H, bins] int16: tokens of each rank or a lower one in a share.
+        cuts: [B * H, 2] int32: the highest rank that is selected, and how many tokens of that rank are.
+        offsets: [shares, H, 2] int32: tokens below that rank, and on it, in the earlier shares of the request.
+        slots: [B * H, max_kept] int32, the selected ones in order of position.
+        partial: [pieces, G, Dv] float32, attention over a chunk; partial_lse: [pieces, G], log2 of its softmax sum.
+        arrivals: [B * H] int32, chunks that are done. Zero between steps.
+        kept: [B] int32, tokens that each request attends to; requests: [B, 4] int32, that number and the request's
+            first share and last; shares, chunks: [pieces, 8] int32, the work of each program. Written by
+            `plan.plan_step`.
+        grid: programs of each kernel.
+        max_context: the longest context.
     """
 
-    q_codes: Tensor
+    planes: Tensor
     ranks: Tensor
     histogram: Tensor
-    thresholds: Tensor
-    counts: Tensor
-    indptr: Tensor
-    indices: Tensor
+    share_counts: Tensor
+    cuts: Tensor
+    offsets: Tensor
+    slots: Tensor
+    partial: Tensor
+    partial_lse: Tensor
+    arrivals: Tensor
+    kept: Tensor
+    requests: Tensor
+    shares: Tensor
+    chunks: Tensor
+    grid: Grid
+    max_context: int
 
     @classmethod
     def allocate(
@@ -46,98 +114,90 @@ class DecodeWorkspace:
         max_batch: int,
         q_heads: int,
         kv_heads: int,
+        head_dim: int,
         bits: int,
         max_context: int,
         max_kept: int,
         device: torch.device | str,
-        max_indices: int | None = None,
     ) -> DecodeWorkspace:
         """Buffers for up to ``max_batch`` requests of up to ``max_context`` tokens.
 
         Args:
-            max_kept: the most tokens a KV head of one request attends to (`reference.Budget.largest`).
-            max_indices: tokens attended to in one step, over all requests and KV heads; when None, enough for
-                every request to keep ``max_kept``.
+            head_dim: of the values.
+            max_kept: the most tokens that a KV head of one request selects (`reference.Budget.largest`).
 
         Raises:
-            ValueError: on sizes that the kernels cannot index.
+            ValueError: on sizes that the kernels have no form for.
         """
         device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors report it
-        bins = bins_of(q_heads // kv_heads, bits)
-        if q_heads % kv_heads or bits % WORD_BITS or bins - 1 > MAX_RANK:
-            raise ValueError(f"{q_heads} query heads, {kv_heads} KV heads, {bits} bits: no kernel for these")
+        G, W = q_heads // kv_heads, bits // WORD_BITS
+        if q_heads % kv_heads or W not in (2, 4, 8) or not 1 <= G <= MAX_GROUP:
+            raise ValueError(
+                f"{q_heads} query heads over {kv_heads} KV heads, {bits} bits: expected 1 to {MAX_GROUP} query heads"
+                " for each KV head, and 64, 128 or 256 bits"
+            )
+        bins = bins_of(G, bits)
+        grid = Grid.of(kv_heads, W, bins, device)
         rows = max_batch * kv_heads
-        size = rows * max_kept if max_indices is None else max_indices
-        if size > INT32_MAX:
-            raise ValueError(f"{size} selected tokens a step, at most {INT32_MAX}: lower budget or batch")
-        stride = -(-max_context // RANK_ALIGNMENT) * RANK_ALIGNMENT
-        # `launch.splits_of` never gives rows programs beyond the next multiple of rows.
-        parts = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) + rows
+        shares, chunks = grid.pieces(kv_heads, max_batch, max_batch * max_context)
+        # Whole blocks are written and read, beyond the last token too.
+        stride = -(-max_context // grid.share_block) * grid.share_block
 
-        def int32(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
 
         return cls(
-            q_codes=int32(max_batch, q_heads, bits // WORD_BITS),
-            ranks=torch.zeros((max_batch, kv_heads, stride), dtype=torch.int16, device=device),
-            histogram=int32(max_batch, kv_heads, bins),
-            thresholds=int32(rows * 2),
-            counts=int32(parts * 2),
-            indptr=int32(rows + 1),
-            indices=int32(size),
+            planes=zeros(max_batch, kv_heads, 1 + magnitudes(G).bit_length(), W),
+            ranks=zeros(max_batch, kv_heads, stride, dtype=torch.uint8 if bins <= 256 else torch.int16),
+            histogram=zeros(max_batch, kv_heads, bins),
+            share_counts=zeros(shares, kv_heads, bins, dtype=torch.int16),
+            cuts=zeros(rows, 2),
+            offsets=zeros(shares, kv_heads, 2),
+            slots=zeros(rows, max_kept),
+            partial=zeros(chunks * kv_heads, G, head_dim, dtype=torch.float32),
+            partial_lse=zeros(chunks * kv_heads, G, dtype=torch.float32),
+            arrivals=zeros(rows),
+            kept=zeros(max_batch),
+            requests=zeros(max_batch, REQUEST),
+            shares=zeros(shares, PIECE),
+            chunks=zeros(chunks, PIECE),
+            grid=grid,
+            max_context=max_context,
         )
 
     @property
     def max_batch(self) -> int:
-        return self.q_codes.shape[0]
-
-    @property
-    def q_heads(self) -> int:
-        return self.q_codes.shape[1]
+        return self.ranks.shape[0]
 
     @property
     def kv_heads(self) -> int:
         return self.ranks.shape[1]
 
     @property
-    def max_context(self) -> int:
-        return self.ranks.shape[2]
+    def group(self) -> int:
+        return self.partial.shape[1]
+
+    @property
+    def max_kept(self) -> int:
+        return self.slots.shape[1]
+
+    @property
+    def bins(self) -> int:
+        return self.histogram.shape[2]
 
     @property
     def device(self) -> torch.device:
         return self.ranks.device
 
+    def pieces(self, batch: int) -> tuple[int, int]:
+        """The most shares and chunks of a step of ``batch`` requests."""
+        return self.grid.pieces(self.kv_heads, batch, batch * self.max_context)
+
+    def batch_block(self, batch: int) -> int:
+        """The power of two that kernels compiled for ``batch`` requests search among."""
+        return triton.next_power_of_2(SMALL_BATCH if batch <= SMALL_BATCH else self.max_batch)
+
     def nbytes(self) -> int:
         """Bytes of all buffers together."""
-        return sum(getattr(self, field.name).nbytes for field in fields(self))
-
-    def set_kept(self, k_lens: Tensor | Sequence[int], batch: int | None = None) -> Tensor:
-        """Write ``indptr`` for requests that keep ``k_lens`` tokens each; once a step, outside CUDA graphs.
-
-        Args:
-            k_lens: on the host, the same numbers as on the device: tokens kept by each request.
-            batch: rows of the batch when it is padded; padded rows keep one token.
-
-        Returns:
-            The first batch * H + 1 entries of ``indptr``, int32 on the host.
-
-        Raises:
-            ValueError: if the batch or the tokens it keeps exceed the buffers.
-        """
-        kept = torch.as_tensor(k_lens, dtype=torch.int64, device="cpu")
-        B = len(kept) if batch is None else batch
-        if not len(kept) <= B <= self.max_batch:
-            raise ValueError(f"{len(kept)} requests in a batch of {B}, workspace for {self.max_batch}")
-        if len(kept) < B:
-            kept = torch.cat([kept, torch.ones(B - len(kept), dtype=torch.int64)])
-        rows = kept.repeat_interleave(self.kv_heads)
-        total = int(rows.sum())
-        if total > self.indices.numel() or (B and int(kept.min()) < 1):
-            raise ValueError(
-                f"requests keep {kept.tolist()} tokens for each of {self.kv_heads} KV heads: expected at"
-                f" least 1 each, {self.indices.numel()} altogether (max_kept or max_indices of the workspace)"
-            )
-        host = torch.zeros(len(rows) + 1, dtype=torch.int32)
-        torch.cumsum(rows, dim=0, out=host[1:])
-        self.indptr[: len(host)].copy_(host, non_blocking=True)
-        return host
+        buffers = (getattr(self, field.name) for field in fields(self))
+        return sum(buffer.nbytes for buffer in buffers if isinstance(buffer, Tensor))

@@ -22,6 +22,7 @@ class Case:
 
     q: Tensor
     k: Tensor
+    v: Tensor
     k_pool: Tensor
     v_pool: Tensor
     code_cache: Tensor
@@ -29,10 +30,9 @@ class Case:
     slot_table: Tensor
     req_rows: Tensor
     seq_lens: Tensor
-    k_lens: Tensor
     loc: Tensor
     slots: list[Tensor]
-    kept: list[int]
+    budget: Budget
     sink: int
     recent: int
 
@@ -40,23 +40,42 @@ class Case:
     def scale(self) -> float:
         return self.q.shape[-1] ** -0.5
 
-    def selection_arguments(self) -> tuple[Tensor, ...]:
-        """What `decode.select_tokens` takes before the workspace."""
-        return (
-            self.q,
-            self.k,
-            self.code_cache,
-            self.projection,
-            self.slot_table,
-            self.req_rows,
-            self.seq_lens,
-            self.k_lens,
-            self.loc,
-        )
+    @property
+    def group(self) -> int:
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def kept(self) -> list[int]:
+        """Tokens that each request attends to; padded rows left out."""
+        kept: list[int] = self.budget.plan(self.seq_lens.cpu()).tolist()
+        return kept[: len(self.slots)]
 
     def arguments(self) -> tuple[Tensor, ...]:
         """What `decode.hata_decode_step` takes before the workspace."""
-        return (self.q, self.k, self.k_pool, self.v_pool, *self.selection_arguments()[2:])
+        return (
+            self.q,
+            self.k,
+            self.v,
+            self.k_pool,
+            self.v_pool,
+            self.code_cache,
+            self.projection,
+            self.slot_table,
+            self.loc,
+        )
+
+    def workspace(self, max_batch: int | None = None, max_context: int | None = None) -> DecodeWorkspace:
+        max_context = int(self.seq_lens.max()) if max_context is None else max_context
+        return DecodeWorkspace.allocate(
+            max_batch=len(self.q) if max_batch is None else max_batch,
+            q_heads=self.q.shape[1],
+            kv_heads=self.k.shape[1],
+            head_dim=self.v.shape[2],
+            bits=self.projection.shape[2],
+            max_context=max_context,
+            max_kept=self.budget.largest(max_context),
+            device=self.q.device,
+        )
 
 
 def reference_codes(x: Tensor, projection: Tensor) -> Tensor:
@@ -95,9 +114,9 @@ def make_case(
     """A random step.
 
     Slots are scattered over the pool; requests after the first share a prefix of the first one's slots, as
-    in a prefix cache. Slots no request holds are NaN in both pools and sentinels in the code cache, as are
-    the codes of the current tokens, which the step must write. ``padded`` rows at the end have row 0,
-    length 1 and slot 0.
+    in a prefix cache. Slots that no request holds are NaN in both pools and sentinels in the code cache, as are
+    those of the current tokens, which the step must write. ``padded`` rows at the end have row 0, length 1 and
+    slot 0.
     """
     device = generator.device
     B, H, D = len(lengths), kv_heads, head_dim
@@ -126,8 +145,10 @@ def make_case(
     qkv = randn(B + padded, (group * H + 2 * H) * D).to(dtype)
     q = qkv[:, : group * H * D].unflatten(-1, (group * H, D))
     k = qkv[:, group * H * D : (group + 1) * H * D].unflatten(-1, (H, D))
+    v = qkv[:, (group + 1) * H * D :].unflatten(-1, (H, D))
     last = torch.stack([request[-1] for request in slots])
-    k_pool[last] = k[:B]
+    k_pool[last] = float("nan")
+    v_pool[last] = float("nan")
 
     projection = random_projection(H, D, bits, generator)
     code_cache = reference_codes(k_pool.nan_to_num(), projection)
@@ -141,7 +162,6 @@ def make_case(
     chosen = torch.randperm(rows - 1, device=device, generator=generator)[:B] + 1
     for row, request in zip(chosen.tolist(), slots, strict=True):
         slot_table[row, : len(request)] = request.to(torch.int32)
-    kept = [budget.of(length) for length in lengths]
 
     def index(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=index_dtype, device=device)
@@ -149,6 +169,7 @@ def make_case(
     return Case(
         q=q,
         k=k,
+        v=v,
         k_pool=k_pool,
         v_pool=v_pool,
         code_cache=code_cache,
@@ -156,20 +177,22 @@ def make_case(
         slot_table=slot_table,
         req_rows=index(chosen.tolist() + [0] * padded),
         seq_lens=index(lengths + [1] * padded),
-        k_lens=torch.tensor(kept + [1] * padded, dtype=torch.int32, device=device),
         loc=index(last.tolist() + [0] * padded),
         slots=slots,
-        kept=kept,
+        budget=budget,
         sink=sink,
         recent=recent,
     )
 
 
 def poison(workspace: DecodeWorkspace) -> None:
-    """Fill every scratch buffer but indptr with a sentinel: none may be read before it is written."""
-    for name in ("q_codes", "histogram", "thresholds", "counts", "indices"):
+    """Fill the buffers that need not be zero between steps with a sentinel: none is read before it is written."""
+    for name in ("planes", "cuts", "offsets", "slots", "kept", "requests", "partial", "partial_lse"):
+        getattr(workspace, name).view(torch.int32).fill_(SENTINEL)
+    for name in ("shares", "chunks"):
         getattr(workspace, name).fill_(SENTINEL)
-    workspace.ranks.fill_(0x5A5A)
+    workspace.ranks.fill_(0x5A)
+    workspace.share_counts.fill_(0x5A5A)
 
 
 def expected_codes(case: Case) -> Tensor:
@@ -180,55 +203,60 @@ def expected_codes(case: Case) -> Tensor:
     return codes
 
 
+def expected_planes(case: Case) -> Tensor:
+    """[B, H, 1 + P, W] int32."""
+    codes = reference.hash_codes(case.q, case.projection)
+    return reference.query_planes(reference.query_weights(codes, case.k.shape[1]), case.group)
+
+
 def expected_ranks(case: Case, codes: Tensor) -> list[Tensor]:
     """[H, L] int32 for each request, given the code cache after the step."""
-    q_codes = reference.hash_codes(case.q, case.projection)
+    bins = reference.bins_of(case.group, case.projection.shape[2])
     return [
-        reference.rank_scores(reference.hamming_scores(q_codes[b], codes[request]), case.sink, case.recent)
-        for b, request in enumerate(case.slots)
+        reference.rank(reference.distances(planes, codes[request]), case.sink, case.recent, bins)
+        for planes, request in zip(expected_planes(case), case.slots, strict=False)
     ]
 
 
-def check_selection(case: Case, workspace: DecodeWorkspace) -> list[Tensor]:
-    """Assert that the workspace holds what the specification selects.
+def check_step(case: Case, workspace: DecodeWorkspace, codes: Tensor) -> list[Tensor]:
+    """Assert that pools and workspace hold what the specification says, after a step.
 
-    Exact: codes, ranks, histograms, positions. Requests that keep everything have no ranks. Padded rows
-    select slot 0, and nothing is written beyond them.
+    Exact: the step's keys, values and codes, the plan, planes, ranks, the selection in order of position. Nothing else
+    is written, and what is to be zero between steps is.
+
+    Args:
+        codes: `expected_codes`, from before the step.
 
     Returns:
         The chosen slots of each request, [H, k].
     """
-    B, H, _ = case.k.shape
-    codes = expected_codes(case)
+    B, n = len(case.q), len(case.slots)
+    H = case.k.shape[1]
+    last = case.loc[:n].long()
+    assert torch.equal(case.k_pool[last], case.k[:n]) and torch.equal(case.v_pool[last], case.v[:n]), "pools"
     assert torch.equal(case.code_cache[1:], codes[1:]), "codes of the step's keys, or of others"
-    q_codes = reference.hash_codes(case.q, case.projection)
-    assert torch.equal(workspace.q_codes[:B], q_codes), "codes of the queries"
-    indptr = workspace.indptr[: B * H + 1].tolist()
+    assert workspace.kept[:B].tolist() == case.kept + [1] * (B - n), "plan"
+    assert torch.equal(workspace.planes[:B], expected_planes(case)), "planes of the queries"
+    assert not workspace.histogram.any(), "histogram after the step"
+    assert not workspace.arrivals.any(), "arrivals after the step"
     chosen = []
+    untouched = torch.ones_like(workspace.slots, dtype=torch.bool)
     for b, ranks in enumerate(expected_ranks(case, codes)):
         L, k = ranks.shape[1], case.kept[b]
-        if k < L:
-            assert torch.equal(workspace.ranks[b, :, :L].int(), ranks), f"ranks of request {b}"
-            for h in range(H):
-                counts = torch.bincount(ranks[h], minlength=workspace.histogram.shape[2])
-                assert torch.equal(workspace.histogram[b, h].long(), counts), f"histogram {b}, {h}"
         positions = reference.select_positions(ranks, k)
         slots = case.slots[b][positions]
-        for h in range(H):
-            start, end = indptr[b * H + h], indptr[b * H + h + 1]
-            assert end - start == k
-            rows = workspace.indices[start:end].long()
-            assert torch.equal(rows, slots[h] * H + h), f"selection of request {b}, KV head {h}"
+        if k < L:
+            assert torch.equal(workspace.ranks[b, :, :L].int(), ranks), f"ranks of request {b}"
+            found = workspace.slots[b * H : (b + 1) * H, :k]
+            assert torch.equal(found.long(), slots), f"selection of request {b}"
+            untouched[b * H : (b + 1) * H, :k] = False
         chosen.append(slots)
-    end = indptr[len(case.slots) * H]
-    padded = torch.arange(H, device=case.k.device).repeat(B - len(case.slots))
-    assert torch.equal(workspace.indices[end : indptr[-1]].long(), padded), "selection of padded rows"
-    assert (workspace.indices[indptr[-1] :] == SENTINEL).all(), "indices beyond the last request"
+    assert (workspace.slots[untouched] == SENTINEL).all(), "slots beyond the selection"
     return chosen
 
 
 def expected_output(case: Case, chosen: list[Tensor]) -> Tensor:
-    """[requests, Hq, Dv] float64: exact attention over the chosen slots."""
+    """[requests, Hq, Dv] float64: exact attention over the chosen slots, after the step."""
     head = torch.arange(case.k.shape[1], device=case.q.device).unsqueeze(1)
     outputs = []
     for b, slots in enumerate(chosen):

@@ -1,64 +1,78 @@
 """The Triton kernels under Triton's interpreter, on a CPU; `test_kernels_interpreted.py` runs this file.
 
-Blocks are made small, so that a few dozen tokens make several blocks and several splits.
+Blocks are made small, so that a few dozen tokens make several shares, parts and chunks.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from hata_kernels import launch, reference, score, topk
-from hata_kernels.decode import hata_decode_step, select_tokens
-from hata_kernels.encode import hash_decode_step, hash_rows
-from hata_kernels.reference import Budget
+from hata_kernels import attend, launch, plan, reference, topk, workspace
+from hata_kernels.decode import hata_decode_step
+from hata_kernels.encode import hash_rows
+from hata_kernels.plan import plan_step
+from hata_kernels.reference import Budget, Costs
 from hata_kernels.workspace import DecodeWorkspace
 from ops.cases import (
     SENTINEL,
     Case,
     assert_close,
-    check_selection,
+    check_step,
     expected_codes,
     expected_output,
-    expected_ranks,
     make_case,
     poison,
     random_projection,
 )
 
 CPU = torch.device("cpu")
+DTYPE_RATIO = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.INTERPRETED.value, "run with TRITON_INTERPRET=1"
-    monkeypatch.setattr(score, "MAX_BLOCK", 16)
-    monkeypatch.setattr(topk, "BLOCK", 16)
-    monkeypatch.setattr("hata_kernels.launch.PROGRAMS_PER_MULTIPROCESSOR", 23)
-    monkeypatch.setattr("hata_kernels.workspace.PROGRAMS_PER_MULTIPROCESSOR", 23)
+    monkeypatch.setattr(workspace, "TILE_WORDS", 16)
+    monkeypatch.setattr(workspace, "SCORE_PROGRAMS", 11)
+    monkeypatch.setattr(workspace, "MIN_CHUNK", 16)
+    monkeypatch.setattr(plan, "MIN_CHUNK", 16)
+    monkeypatch.setattr(workspace, "ATTEND_PROGRAMS", 13)
+    monkeypatch.setattr(topk, "LANES", 4)
+    monkeypatch.setattr(topk, "SHARE_BLOCK", 4)
+    monkeypatch.setattr(attend, "BLOCK", 16)
+    monkeypatch.setattr(attend, "MERGE_CHUNKS", 3)
 
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def step(case: Case, room: DecodeWorkspace) -> torch.Tensor:
+    """A planned step with `sink`, `recent` and `scale` of the case, into an output that was NaN."""
+    plan_step(case.seq_lens, case.req_rows, room, case.budget)
+    return hata_decode_step(
+        *case.arguments(),
+        room,
+        sink=case.sink,
+        recent=case.recent,
+        scale=case.scale,
+        out=torch.full_like(case.q, float("nan")),
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("kv_heads", "group", "head_dim", "bits", "tokens"),
-    [(2, 3, 64, 64, 1), (1, 7, 96, 128, 11), (3, 1, 128, 256, 67), (1, 2, 256, 128, 5)],
+    ("heads", "head_dim", "bits", "tokens"), [(2, 64, 64, 1), (1, 96, 128, 11), (3, 128, 256, 67), (1, 256, 128, 5)]
 )
-def test_hash_rows_is_exact(
-    kv_heads: int, group: int, head_dim: int, bits: int, tokens: int, dtype: torch.dtype
-) -> None:
+def test_hash_rows_is_exact(heads: int, head_dim: int, bits: int, tokens: int, dtype: torch.dtype) -> None:
     generator = seeded(tokens)
-    heads = kv_heads * group
     # A slice of a fused qkv: strides between tokens and heads are not those of a contiguous tensor.
     fused = torch.randn(tokens, heads + 2, head_dim + 8, generator=generator)
     fused *= torch.randn(tokens, 1, 1, generator=generator).mul(2).exp()
     x = fused.to(dtype)[:, 1:-1, :head_dim]
     x[tokens // 2] = 0
-    projection = random_projection(kv_heads, head_dim, bits, generator)
+    projection = random_projection(heads, head_dim, bits, generator)
     expected = reference.hash_codes(x, projection)
     assert torch.equal(hash_rows(x, projection, torch.full_like(expected, SENTINEL)), expected)
 
@@ -85,104 +99,84 @@ def test_hashing_nothing_changes_nothing() -> None:
     assert (hash_rows(torch.empty(0, 1, 64), projection, out) == SENTINEL).all()
 
 
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize(("batch", "kv_heads", "group"), [(1, 2, 4), (3, 3, 1), (17, 1, 6)])
-def test_decode_hashing_writes_keys_queries_and_zeros(
-    batch: int, kv_heads: int, group: int, index_dtype: torch.dtype
-) -> None:
-    case = make_case(
-        [5] * batch,
-        Budget(tokens=3),
-        kv_heads=kv_heads,
-        group=group,
-        head_dim=64,
-        bits=128,
-        dtype=torch.bfloat16,
-        generator=seeded(batch),
-        index_dtype=index_dtype,
-        padded=2,
-    )
-    q_codes = torch.full((batch + 2, kv_heads * group, 4), SENTINEL, dtype=torch.int32)
-    histogram = torch.full((batch + 2, kv_heads, 700), SENTINEL, dtype=torch.int32)
-    expected = expected_codes(case)
-    hash_decode_step(case.q, case.k, case.projection, case.code_cache, case.loc, q_codes, histogram)
-    assert torch.equal(case.code_cache[1:], expected[1:])
-    assert torch.equal(q_codes, reference.hash_codes(case.q, case.projection))
-    assert (histogram == 0).all()
-
-
-def test_scores_and_histograms_of_all_requests() -> None:
-    """Without k_lens every request is scored, even one that will keep everything."""
-    case = make_case(
-        [37, 1, 16, 50],
-        Budget(tokens=100),
-        kv_heads=3,
-        group=2,
-        head_dim=64,
-        bits=64,
-        dtype=torch.float16,
-        generator=seeded(5),
-        sink=40,
-        recent=0,
-    )
-    B, H = 4, 3
-    codes = expected_codes(case)
-    q_codes = reference.hash_codes(case.q, case.projection)
-    ranks = torch.full((B, H, 64), 0x5A5A, dtype=torch.int16)
-    histogram = torch.zeros((B, H, score.bins_of(2, 64) + 3), dtype=torch.int32)
-    score.score_and_count(
-        q_codes, codes, case.slot_table, case.req_rows, case.seq_lens, ranks, histogram, sink=40, recent=0
-    )
-    for b, expected in enumerate(expected_ranks(case, codes)):
-        L = expected.shape[1]
-        assert torch.equal(ranks[b, :, :L].int(), expected)
-        assert (ranks[b, :, L:] == 0x5A5A).all()
-        for h in range(H):
-            assert torch.equal(histogram[b, h].long(), torch.bincount(expected[h], minlength=133))
-
-
-CASES = {
-    "ragged": ([70, 1, 33, 16, 17, 100], Budget(tokens=9), 2, 3, 64),
-    "one": ([90], Budget(tokens=1), 3, 1, 128),
-    "share": ([64, 65, 2, 31], Budget(share_ppm=250_000, floor=4), 1, 7, 256),
-    "all": ([20, 48, 3], Budget(tokens=100), 2, 4, 128),
-    "short whole": ([40, 24, 90], Budget(tokens=5, min_context=40), 5, 1, 64),
+SAVING = Costs(attend=1000, score=100, fixed=20_000)
+STEPS = {
+    # lengths, budget, KV heads, group, head_dim, bits
+    "ragged": ([70, 1, 33, 16, 17, 100], Budget(tokens=9), 2, 3, 64, 64),
+    "one": ([90], Budget(tokens=5), 3, 1, 64, 128),
+    "share": ([64, 65, 2, 31], Budget(share_ppm=250_000, floor=6), 1, 7, 64, 256),
+    "all": ([20, 48, 3], Budget(tokens=100), 2, 4, 64, 128),
+    "short whole": ([40, 24, 90], Budget(tokens=5, min_context=40), 5, 1, 96, 64),
+    "long and short": ([400, 5, 6, 7], Budget(tokens=40), 1, 16, 64, 64),
+    "worth it": ([90, 30, 12], Budget(tokens=10, costs=SAVING), 2, 2, 64, 64),
+    "not worth it": ([30, 12], Budget(tokens=10, costs=SAVING), 2, 2, 64, 64),
+    "many": ([9] * 18 + [50], Budget(tokens=6), 1, 5, 64, 64),
 }
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("name", CASES)
-def test_selected_tokens(name: str, index_dtype: torch.dtype) -> None:
-    lengths, budget, kv_heads, group, bits = CASES[name]
-    # Without padded rows a token too many would land in the sentinels, not in a row written later.
-    padded = 0 if name == "one" else 2
+@pytest.mark.parametrize("name", STEPS)
+def test_step_is_the_specification(name: str, index_dtype: torch.dtype) -> None:
+    lengths, budget, kv_heads, group, head_dim, bits = STEPS[name]
+    dtype = torch.bfloat16 if index_dtype == torch.int32 else torch.float16
     case = make_case(
         lengths,
         budget,
         kv_heads=kv_heads,
         group=group,
-        head_dim=64,
+        head_dim=head_dim,
         bits=bits,
-        dtype=torch.bfloat16,
+        dtype=dtype,
         generator=seeded(len(name)),
         index_dtype=index_dtype,
-        padded=padded,
+        padded=0 if name == "one" else 2,
     )
-    B = len(lengths) + padded
-    workspace = DecodeWorkspace.allocate(
-        max_batch=B + 1,
-        q_heads=kv_heads * group,
-        kv_heads=kv_heads,
-        bits=bits,
-        max_context=max(lengths),
-        max_kept=budget.largest(max(lengths)),
-        device=CPU,
+    room = case.workspace(max_batch=len(case.q) + 1)
+    poison(room)
+    codes = expected_codes(case)
+    output = step(case, room)
+    chosen = check_step(case, room, codes)
+    assert_close("output", output[: len(lengths)], expected_output(case, chosen), DTYPE_RATIO[dtype])
+    _, positions = reference.hata_decode(
+        case.q[: len(lengths)],
+        case.k_pool,
+        case.v_pool,
+        codes,
+        case.slots,
+        case.projection,
+        budget,
+        sink=case.sink,
+        recent=case.recent,
+        scale=case.scale,
     )
-    poison(workspace)
-    host = workspace.set_kept(case.kept, batch=B)
-    assert torch.equal(workspace.indptr[: len(host)], host)
-    select_tokens(*case.selection_arguments(), workspace, sink=case.sink, recent=case.recent)
-    check_selection(case, workspace)
+    for slots, request, wanted in zip(chosen, case.slots, positions, strict=True):
+        assert torch.equal(slots, request[wanted])
+
+
+def test_costs_decide_by_the_batch() -> None:
+    assert Budget(tokens=10, costs=SAVING).plan(torch.tensor([30])).tolist() == [30]
+    assert Budget(tokens=10, costs=SAVING).plan(torch.tensor([30, 30, 11])).tolist() == [10, 10, 11]
+
+
+def test_a_step_leaves_the_workspace_fit_for_the_next() -> None:
+    """The second step has other lengths, and finds counts of zero."""
+    room = None
+    for seed, lengths in enumerate([[60, 45, 130], [130, 1, 20], [7, 90, 64]]):
+        case = make_case(
+            lengths,
+            Budget(tokens=20),
+            kv_heads=2,
+            group=4,
+            head_dim=64,
+            bits=64,
+            dtype=torch.float16,
+            generator=seeded(seed),
+        )
+        room = room or case.workspace(max_context=130)
+        codes = expected_codes(case)
+        room.slots.fill_(SENTINEL)
+        output = step(case, room)
+        assert_close("output", output, expected_output(case, check_step(case, room, codes)), 2e-3)
 
 
 def test_ties_at_the_cut_go_to_the_earliest() -> None:
@@ -199,135 +193,85 @@ def test_ties_at_the_cut_go_to_the_earliest() -> None:
     )
     case.k.copy_(case.k[:1, :1])
     case.code_cache[:] = reference.hash_codes(case.k[:1], case.projection)[0]
-    workspace = workspace_for(case, Budget(tokens=20), 60)
-    select_tokens(*case.selection_arguments(), workspace, sink=case.sink, recent=case.recent)
-    for slots, request in zip(check_selection(case, workspace), case.slots, strict=True):
+    room = case.workspace()
+    poison(room)
+    codes = expected_codes(case)
+    step(case, room)
+    for slots, request in zip(check_step(case, room, codes), case.slots, strict=True):
         assert slots.tolist() == [torch.cat([request[:17], request[-3:]]).tolist()] * 2
 
 
-def workspace_for(case: Case, budget: Budget, max_context: int) -> DecodeWorkspace:
-    B, q_heads, _ = case.q.shape
-    workspace = DecodeWorkspace.allocate(
-        max_batch=B,
-        q_heads=q_heads,
-        kv_heads=case.k.shape[1],
-        bits=case.projection.shape[2],
-        max_context=max_context,
-        max_kept=budget.largest(max_context),
-        device=CPU,
-    )
-    poison(workspace)
-    workspace.set_kept(case.kept)
-    return workspace
-
-
-class GatherAttention:
-    """Attention over the workspace's rows in PyTorch, in place of FlashInfer."""
-
-    def __init__(self, workspace: DecodeWorkspace) -> None:
-        self.workspace = workspace
-
-    def run(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-        B, H = q.shape[0], k_pool.shape[1]
-        keys, values = k_pool.flatten(0, 1), v_pool.flatten(0, 1)
-        indptr = self.workspace.indptr.tolist()
-        groups = q.unflatten(1, (H, -1)).flatten(0, 1)
-        outputs = []
-        for row in range(B * H):
-            chosen = self.workspace.indices[indptr[row] : indptr[row + 1]].long()
-            outputs.append(reference.attend(groups[row], keys[chosen].unsqueeze(0), values[chosen].unsqueeze(0), scale))
-        return torch.stack(outputs).view(B, -1, values.shape[-1])
-
-
-def test_whole_step_equals_the_specification() -> None:
-    budget = Budget(tokens=12, share_ppm=300_000)
-    case = make_case(
-        [75, 1, 40],
-        budget,
-        kv_heads=2,
-        group=3,
-        head_dim=64,
-        bits=128,
-        dtype=torch.float16,
-        generator=seeded(9),
-    )
-    workspace = workspace_for(case, budget, 75)
-    codes = expected_codes(case)
-    output = hata_decode_step(
-        *case.arguments(),
-        workspace,
-        GatherAttention(workspace),
-        sink=case.sink,
-        recent=case.recent,
-        scale=case.scale,
-    )
-    expected, positions = reference.hata_decode(
-        case.q,
-        case.k_pool,
-        case.v_pool,
-        codes,
-        case.slots,
-        case.projection,
-        budget,
-        sink=case.sink,
-        recent=case.recent,
-        scale=case.scale,
-    )
-    chosen = check_selection(case, workspace)
-    for slots, request, wanted in zip(chosen, case.slots, positions, strict=True):
-        assert torch.equal(slots, request[wanted])
-    torch.testing.assert_close(output, expected)
-    assert_close("output", output, expected_output(case, chosen), 1e-2)
-
-
-def test_results_do_not_depend_on_the_number_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    budget = Budget(tokens=11)
+def test_results_do_not_depend_on_how_the_work_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for programs in (1, 7, 60):
-        monkeypatch.setattr("hata_kernels.launch.PROGRAMS_PER_MULTIPROCESSOR", programs)
-        monkeypatch.setattr("hata_kernels.workspace.PROGRAMS_PER_MULTIPROCESSOR", programs)
+        monkeypatch.setattr(workspace, "SCORE_PROGRAMS", programs)
         case = make_case(
             [130, 77],
-            budget,
-            kv_heads=1,
+            Budget(tokens=11),
+            kv_heads=3,
             group=2,
             head_dim=64,
             bits=64,
             dtype=torch.bfloat16,
             generator=seeded(10),
         )
-        workspace = workspace_for(case, budget, 130)
-        select_tokens(*case.selection_arguments(), workspace, sink=case.sink, recent=case.recent)
-        check_selection(case, workspace)
-        results.append(workspace.indices.clone())
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+        room = case.workspace()
+        poison(room)
+        codes = expected_codes(case)
+        output = step(case, room)
+        check_step(case, room, codes)
+        results.append((room.slots.clone(), output))
+    for slots, output in results[1:]:
+        assert torch.equal(slots, results[0][0])
+        assert torch.equal(output, results[0][1])
+
+
+def test_keys_and_values_may_be_in_the_pool_already() -> None:
+    """As with fp8, which SGLang quantises itself."""
+    case = make_case(
+        [40, 9], Budget(tokens=8), kv_heads=2, group=2, head_dim=64, bits=64, dtype=torch.float16, generator=seeded(2)
+    )
+    last = case.loc.long()
+    case.k_pool[last], case.v_pool[last] = case.k, case.v
+    kept = case.k_pool.clone()
+    room = case.workspace()
+    plan_step(case.seq_lens, case.req_rows, room, case.budget)
+    codes = expected_codes(case)
+    options = {"sink": case.sink, "recent": case.recent, "scale": case.scale}
+    output = hata_decode_step(*case.arguments(), room, store_kv=False, **options)
+    assert torch.equal(case.k_pool.nan_to_num(), kept.nan_to_num())
+    chosen = [room.slots[:2].long(), room.slots[2:].long()]
+    assert torch.equal(case.code_cache[1:], codes[1:])
+    assert_close("output", output, expected_output(case, chosen), 2e-3)
 
 
 def test_refusals_name_the_tensor() -> None:
-    projection = random_projection(2, 64, 64, seeded(0))
+    projection = random_projection(4, 64, 64, seeded(0))
     x = torch.zeros(3, 4, 64)
     out = torch.zeros(3, 4, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"^x: dtype"):
         hash_rows(x.double(), projection, out)
     with pytest.raises(ValueError, match=r"^x: last dimension has stride 2"):
         hash_rows(torch.zeros(3, 4, 128)[..., ::2], projection, out)
+    with pytest.raises(ValueError, match=r"^x: shape"):
+        hash_rows(x[:, :3], projection, out)
     with pytest.raises(ValueError, match=r"^out: shape"):
         hash_rows(x, projection, out[:, :2].contiguous())
     with pytest.raises(ValueError, match=r"^out: strides"):
         hash_rows(x, projection, torch.zeros(3, 4, 4, dtype=torch.int32)[..., :2])
     with pytest.raises(ValueError, match=r"^out: 2 rows for 3 rows of x"):
         hash_rows(x, projection, out[:2])
-    with pytest.raises(ValueError, match="3 query heads are no multiple"):
-        hash_rows(x[:, :3], projection, out)
     with pytest.raises(ValueError, match="head dimension 32"):
         hash_rows(x, projection[:, :32].contiguous(), out)
-    sizes = {"q_heads": 4, "kv_heads": 2, "bits": 64, "max_context": 10, "max_kept": 5, "device": CPU}
-    workspace = DecodeWorkspace.allocate(max_batch=2, **sizes)
-    with pytest.raises(ValueError, match="max_kept or max_indices"):
-        workspace.set_kept([6, 5])
-    with pytest.raises(ValueError, match="at least 1 each"):
-        workspace.set_kept([0])
-    with pytest.raises(ValueError, match="3 requests in a batch of 3"):
-        workspace.set_kept([1, 1, 1])
-    assert workspace.nbytes() == sum(tensor.numel() * tensor.element_size() for tensor in vars(workspace).values())
+    sizes = {"kv_heads": 2, "head_dim": 64, "bits": 64, "max_context": 10, "max_kept": 5, "device": CPU}
+    room = DecodeWorkspace.allocate(max_batch=2, q_heads=4, **sizes)
+    lengths = torch.ones(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="workspace for 5"):
+        plan_step(lengths, lengths, room, Budget(tokens=6))
+    with pytest.raises(ValueError, match="batch of 3, workspace for 2"):
+        plan_step(torch.ones(3).long(), torch.ones(3).long(), room, Budget(tokens=5))
+    with pytest.raises(ValueError, match="1 to 16 query heads"):
+        DecodeWorkspace.allocate(max_batch=2, q_heads=34, **sizes)
+    assert room.nbytes() == sum(
+        t.numel() * t.element_size() for t in vars(room).values() if isinstance(t, torch.Tensor)
+    )

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import zlib
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from hata_kernels.attend import SparseDecode
-from hata_kernels.decode import hata_decode_step, select_tokens
-from hata_kernels.encode import hash_rows
+from hata_kernels.decode import hata_decode_step
+from hata_kernels.encode import hash_decode_step, hash_rows
+from hata_kernels.plan import plan_step
 from hata_kernels.reference import Budget
+from hata_kernels.score import score_and_count
 from hata_kernels.workspace import DecodeWorkspace
 from ops.cases import (
     SENTINEL,
     Case,
     assert_close,
-    check_selection,
+    check_step,
+    expected_codes,
     expected_output,
+    expected_ranks,
     make_case,
     poison,
     random_projection,
@@ -84,66 +84,36 @@ def build(name: str, shape: Shape, **options: int) -> Case:
     return make_case(**(shape._asdict() | options), generator=torch.Generator("cuda").manual_seed(seed))
 
 
-def allocate(shape: Shape, max_batch: int | None = None) -> DecodeWorkspace:
-    workspace = DecodeWorkspace.allocate(
-        max_batch=max_batch or len(shape.lengths) + shape.padded,
-        q_heads=shape.kv_heads * shape.group,
-        kv_heads=shape.kv_heads,
-        bits=shape.bits,
-        max_context=max(shape.lengths),
-        max_kept=shape.budget.largest(max(shape.lengths)),
-        device="cuda",
-    )
-    poison(workspace)
-    return workspace
-
-
-def step(case: Case, workspace: DecodeWorkspace, attention: SparseDecode) -> Tensor:
-    return hata_decode_step(
-        *case.arguments(),
-        workspace,
-        attention,
-        sink=case.sink,
-        recent=case.recent,
-        scale=case.scale,
-    )
-
-
-@pytest.fixture(scope="module")
-def compiled_attention() -> None:
-    """FlashInfer compiles at first use, for a minute or more a geometry: do all of this file's at once."""
-    script = Path(__file__).with_name("compile_attention.py")
-    geometries = {(shape.head_dim, 8 if shape.group >= 4 else 1) for shape in SHAPES.values()}
-    running = [subprocess.Popen([sys.executable, script, str(d), str(g)]) for d, g in sorted(geometries)]
-    assert [process.wait() for process in running] == [0] * len(running)
+def run(case: Case, workspace: DecodeWorkspace, out: Tensor | None = None) -> Tensor:
+    plan_step(case.seq_lens, case.req_rows, workspace, case.budget)
+    return hata_decode_step(*case.arguments(), workspace, sink=case.sink, recent=case.recent, scale=case.scale, out=out)
 
 
 # Rows of a fused qkv start on 16-element boundaries and are read in place; others are copied first.
 @pytest.mark.parametrize("padding", [16, 8], ids=["in-place", "copied"])
 @pytest.mark.parametrize("dtype", [BF16, FP16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("tokens", "kv_heads", "group", "head_dim", "bits"),
+    ("tokens", "heads", "head_dim", "bits"),
     [
-        (1, 8, 4, 128, 128),
-        (7, 3, 3, 64, 128),
-        (64, 2, 7, 64, 256),
-        (65, 1, 1, 96, 64),
-        (500, 2, 6, 128, 256),
-        (1000, 4, 1, 256, 128),
-        (3001, 5, 2, 64, 64),
-        (100_000, 8, 1, 128, 128),
+        (1, 8, 128, 128),
+        (7, 3, 64, 128),
+        (64, 2, 64, 256),
+        (65, 1, 96, 64),
+        (500, 2, 128, 256),
+        (1000, 4, 256, 128),
+        (3001, 5, 64, 64),
+        (100_000, 8, 128, 128),
     ],
 )
 def test_hash_bits_are_exact(
-    tokens: int, kv_heads: int, group: int, head_dim: int, bits: int, dtype: torch.dtype, padding: int
+    tokens: int, heads: int, head_dim: int, bits: int, dtype: torch.dtype, padding: int
 ) -> None:
     generator = torch.Generator("cuda").manual_seed(tokens)
-    heads = kv_heads * group
     x = torch.randn(tokens, heads + 1, head_dim + padding, device="cuda", generator=generator)
     x *= torch.randn(tokens, 1, 1, device="cuda", generator=generator).mul(2).exp()
     x = x.to(dtype)[:, 1:, :head_dim]
     x[tokens // 2] = 0
-    projection = random_projection(kv_heads, head_dim, bits, generator)
+    projection = random_projection(heads, head_dim, bits, generator)
     expected = reference_codes(x, projection)
     out = torch.full_like(expected, SENTINEL)
     assert torch.equal(hash_rows(x, projection, out), expected)
@@ -169,94 +139,131 @@ def test_hash_of_extreme_magnitudes_is_exact() -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
-def test_selection_is_exact_and_repeatable(name: str, dtype: torch.dtype) -> None:
-    """Codes, ranks, histograms and positions equal the specification's; a second run gives the same bits."""
-    shape = SHAPES[name]._replace(dtype=dtype)
-    case = build(name, shape)
-    workspace = allocate(shape)
-    B = len(case.slots) + shape.padded
-    assert shape.budget.of(case.seq_lens)[: len(case.slots)].tolist() == case.kept
-    workspace.set_kept(case.kept, batch=B)
-    select_tokens(*case.selection_arguments(), workspace, sink=case.sink, recent=case.recent)
-    check_selection(case, workspace)
+def test_step_is_the_specification(name: str, dtype: torch.dtype) -> None:
+    """Codes, planes, ranks and selections exactly; tokens outside the requests are NaN, so that one attended to shows.
 
-    first = workspace.indices.clone(), workspace.ranks.clone(), workspace.histogram.clone()
+    A second step of the same inputs gives the same bits."""
+    case = build(name, SHAPES[name]._replace(dtype=dtype))
+    workspace = case.workspace()
     poison(workspace)
-    select_tokens(*case.selection_arguments(), workspace, sink=case.sink, recent=case.recent)
-    assert torch.equal(first[0], workspace.indices)
-    assert torch.equal(first[1], workspace.ranks)
-    assert torch.equal(first[2], workspace.histogram)
-
-
-def test_selection_never_waits_for_the_gpu() -> None:
-    shape = SHAPES["b4-ragged-h2g6d128-128"]
-    case, workspace = build("no wait", shape), allocate(shape)
-    workspace.set_kept(case.kept, batch=len(case.slots) + shape.padded)
-    arguments = case.selection_arguments()
-    select_tokens(*arguments, workspace, sink=2, recent=3)  # compiles
-    torch.cuda.synchronize()
-    allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        select_tokens(*arguments, workspace, sink=2, recent=3)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocated
-
-
-@pytest.mark.usefixtures("compiled_attention")
-@pytest.mark.parametrize("name", SHAPES)
-def test_step_attends_to_the_selected_tokens(name: str) -> None:
-    """Tokens outside the requests are NaN: one of them attended to would show."""
-    shape = SHAPES[name]
-    case, workspace = build(name, shape), allocate(shape)
-    attention = SparseDecode(workspace, head_dim=shape.head_dim, dtype=shape.dtype)
-    attention.plan(case.kept, batch=len(case.slots) + shape.padded)
-    output = step(case, workspace, attention)
-    expected = expected_output(case, check_selection(case, workspace))
+    codes = expected_codes(case)
+    output = run(case, workspace, torch.full_like(case.q, float("nan")))
+    expected = expected_output(case, check_step(case, workspace, codes))
     assert_close("output", output[: len(case.slots)], expected, BF16_RATIO)
 
+    first = workspace.slots.clone(), workspace.ranks.clone()
     poison(workspace)
-    assert torch.equal(step(case, workspace, attention)[: len(case.slots)], output[: len(case.slots)])
+    again = run(case, workspace)
+    assert torch.equal(again[: len(case.slots)], output[: len(case.slots)])
+    assert torch.equal(first[0], workspace.slots)
+    for b, length in enumerate(SHAPES[name].lengths):
+        assert torch.equal(first[1][b, :, :length], workspace.ranks[b, :, :length])
 
 
-@pytest.mark.usefixtures("compiled_attention")
-def test_plans_follow_the_batch_without_graphs() -> None:
-    """One eager wrapper serves batches that grow and shrink."""
-    shape = Shape([600] * 6, Budget(tokens=50), 2, 4, 128, 128)
-    workspace = allocate(shape)
-    attention = SparseDecode(workspace, head_dim=128, dtype=BF16)
-    for lengths in ([600, 1, 30], [5], [77] * 6, [77] * 6, [600, 600]):
-        case = build(f"eager {lengths}", shape._replace(lengths=lengths))
-        poison(workspace)
-        attention.plan(case.kept)
-        output = step(case, workspace, attention)
-        assert_close("output", output, expected_output(case, check_selection(case, workspace)), BF16_RATIO)
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_token_is_counted_once(name: str) -> None:
+    """The histogram in shared memory, which the interpreter does not have."""
+    case = build(name, SHAPES[name])
+    workspace = case.workspace()
+    poison(workspace)
+    codes = expected_codes(case)
+    plan_step(case.seq_lens, case.req_rows, workspace, case.budget)
+    pools = case.k_pool, case.v_pool, case.code_cache
+    hash_decode_step(case.q, case.k, case.v, case.projection, *pools, case.loc, workspace)
+    score_and_count(case.code_cache, case.slot_table, workspace, len(case.q), sink=case.sink, recent=case.recent)
+    for b, ranks in enumerate(expected_ranks(case, codes)):
+        for h, row in enumerate(ranks):
+            counts = torch.bincount(row, minlength=workspace.bins)
+            if case.kept[b] == len(row):
+                counts.zero_()
+            assert torch.equal(workspace.histogram[b, h].long(), counts), f"histogram {b}, {h}"
+
+
+def test_a_step_never_waits_for_the_gpu() -> None:
+    case = build("no wait", SHAPES["b4-ragged-h2g6d128-128"])
+    workspace, out = case.workspace(), torch.empty_like(case.q)
+    run(case, workspace, out)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(case, workspace, out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_fp8_pools(dtype: torch.dtype) -> None:
+    """Codes come from the keys before quantisation; attention reads what was stored, times its scale."""
+    case = build("fp8", Shape([3000, 77, 1500], SHARE, 4, 4, 128, 128))
+    workspace = case.workspace()
+    last = case.loc.long()
+    case.k_pool[last], case.v_pool[last] = case.k, case.v
+    quantised = [(pool.nan_to_num() / 2).to(dtype) for pool in (case.k_pool, case.v_pool)]
+    codes = expected_codes(case)
+    plan_step(case.seq_lens, case.req_rows, workspace, case.budget)
+    output = hata_decode_step(
+        *(case.q, case.k, case.v, *quantised),
+        *case.arguments()[5:],
+        workspace,
+        sink=case.sink,
+        recent=case.recent,
+        scale=case.scale,
+        store_kv=False,
+        k_scale=2.0,
+        v_scale=2.0,
+    )
+    for b in range(3):
+        workspace.slots[b * 4 : (b + 1) * 4, case.kept[b] :] = SENTINEL
+    chosen = check_step(case, workspace, codes)
+    case.k_pool, case.v_pool = (pool.to(BF16) * 2 for pool in quantised)
+    assert_close("output", output, expected_output(case, chosen), BF16_RATIO)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_attention_equals_flashinfer(name: str) -> None:
+    """FlashInfer's paged decode over the same lists: (request, KV head) is a request, a token a page."""
+    flashinfer = pytest.importorskip("flashinfer")
+    case = build(name, SHAPES[name])
+    workspace = case.workspace()
+    output = run(case, workspace)
+    B, (H, D) = len(case.slots), case.k.shape[1:]
+    lists = [
+        (workspace.slots[b * H + h, :k] if k < len(request) else request.int()) * H + h
+        for b, (request, k) in enumerate(zip(case.slots, case.kept, strict=True))
+        for h in range(H)
+    ]
+    ends = torch.tensor([0, *(len(chosen) for chosen in lists)], device="cuda").cumsum(0).int()
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        torch.empty(2**28, dtype=torch.uint8, device="cuda"), use_tensor_cores=True
+    )
+    ones = torch.ones(B * H, dtype=torch.int32, device="cuda")
+    wrapper.plan(ends, torch.cat(lists), ones, case.group, 1, D, 1, q_data_type=BF16, sm_scale=case.scale)
+    pools = case.k_pool.view(-1, 1, 1, D), case.v_pool.view(-1, 1, 1, D)
+    expected = wrapper.run(case.q[:B].reshape(B * H, case.group, D), pools)
+    assert_close("output", output[:B].reshape_as(expected), expected, BF16_RATIO)
 
 
 class Captured:
     """A decode step of one padded batch size in a CUDA graph, with buffers that cases are loaded into."""
 
     TENSORS = (
-        *("q", "k", "k_pool", "v_pool", "code_cache", "projection"),
-        *("slot_table", "req_rows", "seq_lens", "k_lens", "loc"),
+        *("q", "k", "v", "k_pool", "v_pool", "code_cache", "projection"),
+        *("slot_table", "req_rows", "seq_lens", "loc"),
     )
 
-    def __init__(self, case: Case, batch: int, workspace: DecodeWorkspace, attention: SparseDecode) -> None:
-        self.batch, self.workspace, self.attention = batch, workspace, attention
-        self.case = case
+    def __init__(self, case: Case, workspace: DecodeWorkspace) -> None:
+        self.workspace, self.case = workspace, case
         for name in self.TENSORS:
             setattr(case, name, getattr(case, name).contiguous().clone())
-        attention.plan(case.kept, batch=batch)
-        # Compiles, and makes FlashInfer's small buffers, before anything is captured.
+        # Compiles before anything is captured.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            step(case, workspace, attention)
+            run(case, workspace)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.output = step(case, workspace, attention)
+            self.output = run(case, workspace)
 
     def replay(self, case: Case) -> Tensor:
         """Load a case into the captured buffers, replay, and return a copy of the output."""
@@ -267,25 +274,22 @@ class Captured:
             setattr(case, name, view)
         poison(self.workspace)
         self.output.fill_(float("nan"))
-        self.attention.plan(case.kept, batch=self.batch)
         self.graph.replay()
         return self.output.clone()
 
 
-@pytest.mark.usefixtures("compiled_attention")
 @pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(8, 4, 128), (2, 7, 64), (4, 1, 128), (3, 3, 64)])
 def test_graphs_replay_other_steps(kv_heads: int, group: int, head_dim: int) -> None:
     """Two batch sizes captured on the same buffers, replayed with other lengths, slots, rows and padding."""
     budget = Budget(tokens=200, floor=8)
     shape = Shape([5000] * 7, budget, kv_heads, group, head_dim, 128, index_dtype=torch.int64)
-    workspace = allocate(shape)
-    attention = SparseDecode(workspace, head_dim=head_dim, dtype=BF16, use_cuda_graph=True)
 
     def load(lengths: list[int], batch: int) -> Case:
         padded = shape._replace(lengths=lengths, padded=batch - len(lengths))
         return build(f"graph {kv_heads}x{group} {lengths}", padded, rows=20, width=5000)
 
-    graphs = {batch: Captured(load([5000] * batch, batch), batch, workspace, attention) for batch in (7, 3)}
+    workspace = load([5000] * 7, 7).workspace()
+    graphs = {batch: Captured(load([5000] * batch, batch), workspace) for batch in (7, 3)}
     for batch, lengths in (
         (7, [5000, 1, 77, 4999, 200, 201, 300]),
         (3, [1000]),
@@ -296,6 +300,8 @@ def test_graphs_replay_other_steps(kv_heads: int, group: int, head_dim: int) -> 
         (7, [5000] * 5),
     ):
         case = load(lengths, batch)
+        codes = expected_codes(case)
         output = graphs[batch].replay(case)
-        expected = expected_output(case, check_selection(case, workspace))
+        # The pools of the capture are larger than the case's: only its own slots count.
+        expected = expected_output(case, check_step(case, workspace, codes))
         assert_close(f"output of {lengths}", output[: len(lengths)], expected, BF16_RATIO)

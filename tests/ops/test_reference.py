@@ -13,14 +13,19 @@ from hypothesis import strategies as st
 
 from hata_kernels.reference import (
     Budget,
+    Costs,
     attend,
-    hamming_scores,
+    bins_of,
+    distances,
     hash_codes,
     hata_decode,
     integer_rows,
+    magnitudes,
     pack_bits,
     popcount,
-    rank_scores,
+    query_planes,
+    query_weights,
+    rank,
     select_positions,
 )
 
@@ -112,17 +117,31 @@ def test_bits_are_packed_least_significant_first(rows: list[list[bool]]) -> None
         assert unpacked == row
 
 
-@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 9), st.data())
-def test_scores_are_summed_hamming_distances(H: int, G: int, W: int, L: int, data: st.DataObject) -> None:
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.integers(1, 9), st.data())
+def test_distances_are_summed_hamming_distances(H: int, G: int, W: int, L: int, data: st.DataObject) -> None:
+    """But for what all keys of a group have in common, and a factor of 2 for even groups."""
     word = st.lists(INT32, min_size=W, max_size=W)
     queries = data.draw(st.lists(word, min_size=G * H, max_size=G * H))
     keys = data.draw(st.lists(st.lists(word, min_size=H, max_size=H), min_size=L, max_size=L))
-    scores = hamming_scores(torch.tensor(queries, dtype=torch.int32), torch.tensor(keys, dtype=torch.int32))
+    weights = query_weights(torch.tensor([queries], dtype=torch.int32), H)
+    assert weights.abs().max() <= magnitudes(G)
+    found = distances(query_planes(weights, G)[0], torch.tensor(keys, dtype=torch.int32))
     for h in range(H):
+        # What each bit costs the G queries together at the least, whichever value a key has there.
+        ones = [sum(query[w] >> i & 1 for query in queries[h * G : (h + 1) * G]) for w in range(W) for i in range(32)]
+        shared = sum(min(n, G - n) for n in ones)
         for position in range(L):
             pairs = ((query[w], keys[position][h][w]) for query in queries[h * G : (h + 1) * G] for w in range(W))
-            expected = sum(bin((a ^ b) & 0xFFFFFFFF).count("1") for a, b in pairs)
-            assert scores[h, position] == expected
+            hamming = sum(bin((a ^ b) & 0xFFFFFFFF).count("1") for a, b in pairs)
+            assert found[h, position] * (1 if G % 2 else 2) + shared == hamming
+
+
+@given(st.integers(1, 16), st.sampled_from([64, 128, 256]))
+def test_ranks_have_room_for_every_distance_but_the_last_three(group: int, bits: int) -> None:
+    largest = magnitudes(group) * bits
+    ranks = rank(torch.arange(largest + 1).unsqueeze(0), 0, 0, bins_of(group, bits))[0]
+    assert ranks[:-1].tolist() == [min(1 + d, bins_of(group, bits) - 2) for d in range(largest)]
+    assert len(set(ranks[: largest - 2].tolist())) == largest - 2
 
 
 @given(
@@ -134,7 +153,7 @@ def test_scores_are_summed_hamming_distances(H: int, G: int, W: int, L: int, dat
 def test_selection_equals_sorted_tuples(scores: list[int], sink: int, recent: int, k: int) -> None:
     """Few distinct scores, so most of them tie; sinks and recent tokens overlap each other and the whole."""
     L = len(scores)
-    ranks = rank_scores(torch.tensor([scores], dtype=torch.int32), sink, recent)
+    ranks = rank(torch.tensor([scores], dtype=torch.int32), sink, recent, bins=64)
     always = {p for p in range(L) if p < sink or p >= L - max(recent, 1)}
     expected = [0 if p in always else 1 + score for p, score in enumerate(scores)]
     assert ranks.tolist() == [expected]
@@ -145,7 +164,7 @@ def test_selection_equals_sorted_tuples(scores: list[int], sink: int, recent: in
 
 
 def test_equal_scores_keep_the_earliest() -> None:
-    ranks = rank_scores(torch.full((2, 10), 7, dtype=torch.int32), sink=1, recent=2)
+    ranks = rank(torch.full((2, 10), 7, dtype=torch.int32), sink=1, recent=2, bins=64)
     assert select_positions(ranks, 5).tolist() == [[0, 1, 2, 8, 9]] * 2
     assert select_positions(ranks, 1).tolist() == [[0]] * 2
     assert select_positions(ranks, 10).tolist() == [list(range(10))] * 2
@@ -164,7 +183,19 @@ def test_budget_is_the_same_on_host_and_device(budget: Budget, lengths: list[int
 @given(BUDGETS, st.integers(1, 40_000), st.data())
 def test_budget_never_exceeds_its_largest(budget: Budget, max_context: int, data: st.DataObject) -> None:
     length = data.draw(st.integers(1, max_context))
-    assert budget.of(length) <= budget.largest(max_context)
+    kept = budget.of(length)
+    assert kept == length or kept <= budget.largest(max_context)
+
+
+@given(st.integers(0, 9), st.integers(0, 9), st.integers(0, 90), st.lists(st.integers(1, 40), min_size=1, max_size=6))
+def test_costs_decide_as_their_sums_do(attend: int, score: int, fixed: int, lengths: list[int]) -> None:
+    """A batch selects if that saves time; a request of it, if it saves some of its own."""
+    budget = Budget(tokens=10, costs=Costs(attend, score, fixed))
+    saved = [max(0, (n - min(n, 10)) * attend - n * score) for n in lengths]
+    worth = sum(saved) > fixed
+    assert budget.plan(torch.tensor(lengths)).tolist() == [
+        10 if worth and each > 0 else n for n, each in zip(lengths, saved, strict=True)
+    ]
 
 
 def test_attention_equals_sums_in_python() -> None:

@@ -8,7 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hata_kernels.reference import hamming_scores, hash_codes, rank_scores, select_positions
+from hata_kernels.reference import (
+    bins_of,
+    distances,
+    hash_codes,
+    query_planes,
+    query_weights,
+    rank,
+    select_positions,
+)
 from hata_weights import artifact
 from hata_weights.rotation import random_rotation
 from sglang_hata import compat
@@ -88,11 +96,11 @@ def test_rotations_are_orthogonal_fixed_and_distinct() -> None:
     ],
 )
 def test_tensor_parallel_ranks_hash_their_own_heads(total: int, size: int, heads: list[list[int]]) -> None:
-    assert [rank_kv_heads(total, rank, size) for rank in range(size)] == heads
+    assert [rank_kv_heads(total, index, size) for index in range(size)] == heads
     model = SimpleNamespace(num_hidden_layers=3, head_dim=64, get_total_num_kv_heads=lambda: total)
-    for rank in range(size):
-        w = rank_projections(HataConfig(), model, rank, size, "cpu")[2]
-        assert torch.equal(w, torch.stack([random_rotation(2, head, 64, 128) for head in heads[rank]]))
+    for index in range(size):
+        w = rank_projections(HataConfig(), model, index, size, "cpu")[2]
+        assert torch.equal(w, torch.stack([random_rotation(2, head, 64, 128) for head in heads[index]]))
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 6), st.integers(0, 6), st.integers(0, 2**31))
@@ -104,7 +112,8 @@ def test_the_oracle_accepts_right_selections_and_no_other(L: int, k: int, sink: 
     codes = hash_codes(keys, projection)
     query_codes = hash_codes(torch.randn(1, 6, 64, generator=generator), projection)
     slots = torch.randperm(60, generator=generator)[:L]
-    ranks = rank_scores(hamming_scores(query_codes[0], codes[slots]), sink, recent)
+    planes = query_planes(query_weights(query_codes, 2), 3)[0]
+    ranks = rank(distances(planes, codes[slots]), sink, recent, bins_of(3, 128))
     positions = select_positions(ranks, k)
 
     def wrong(selected: torch.Tensor) -> int:

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hata_kernels.reference import Costs
 from sglang_hata.config import HataConfig, HataError, parse_budget
 
 
@@ -43,6 +44,14 @@ def test_refused_values(options: dict[str, object], sentence: str) -> None:
         HataConfig.from_options({"hata": True} | options)
     assert sentence in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_auto_is_the_default_and_decides_by_costs() -> None:
+    costs = Costs(attend=5, score=1, fixed=0)
+    config = HataConfig.from_options({"hata": True, "hata_min_context": "auto"})
+    assert config == HataConfig() and config.budget_rule(costs).costs == costs
+    fixed = HataConfig.from_options({"hata": True, "hata_min_context": "512"})
+    assert fixed is not None and fixed.budget_rule(costs).costs is None and fixed.budget_rule().min_context == 512
 
 
 def test_a_setting_without_hata_is_refused() -> None:

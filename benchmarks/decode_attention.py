@@ -1,0 +1,377 @@
+"""One layer's decode attention: HATA beside dense FlashInfer, on one GPU in one run.
+
+    python -m benchmarks.decode_attention
+
+Every result is checked against the specification before it is timed; a wrong one stops the benchmark. A CUDA graph
+runs the step over as many layers as it takes for each to find the caches cold, as between the layers of a model, and
+is replayed; times are medians for one layer. Beside each stands its floor: the fewest bytes that the step must read
+(codes, selected keys and values) over the GPU's copy bandwidth, measured in the same run. Writes
+benchmarks/results/decode_attention-GPU.json and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import header, plot, result_path, write_rows
+from hata_kernels import attend, encode, plan, reference, score, topk
+from hata_kernels.decode import hata_decode_step
+from hata_kernels.reference import Budget
+from hata_kernels.workspace import DecodeWorkspace
+
+SINK, RECENT = 16, 64
+COLD_BYTES = 256 * 2**20  # read between two visits of the same layer: five times the L2 cache of an H100
+REPLAYS = 30
+POOL_BYTES = 40 * 2**30
+
+
+class Case(NamedTuple):
+    """A batch of equally long contexts."""
+
+    context: int
+    batch: int
+    q_heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    bits: int = 128
+    budget: str = "1/64"
+
+    @property
+    def kept(self) -> int:
+        """Tokens that a KV head attends to."""
+        return self.rule.of(self.context)
+
+    @property
+    def rule(self) -> Budget:
+        share, _, whole = self.budget.partition("/")
+        if whole:
+            return Budget(share_ppm=1_000_000 * int(share) // int(whole), floor=SINK + RECENT)
+        return Budget(tokens=int(share), floor=SINK + RECENT)
+
+    def bytes_read(self, share: float = 1.0) -> int:
+        """Bytes of the keys and values of a share of the context."""
+        return int(2 * 2 * self.head_dim * self.kv_heads * self.batch * self.context * share)
+
+    @property
+    def floor_bytes(self) -> int:
+        """Bytes of all codes, and of the selected keys and values."""
+        codes = self.bits // 8 * self.kv_heads * self.batch * self.context
+        return codes + self.bytes_read(self.kept / self.context)
+
+
+TABLE = [
+    Case(32_768, 1),
+    Case(131_072, 1),
+    Case(262_144, 1),
+    Case(32_768, 8),
+    Case(131_072, 8),
+    Case(32_768, 8, kv_heads=32),
+]
+GROWTH = [Case(context, 1) for context in (4096, 8192, 16_384, 65_536, 524_288, 1_048_576)]
+FORMS = [
+    Case(32_768, 8, bits=64),
+    Case(32_768, 8, bits=256),
+    Case(32_768, 8, q_heads=14, kv_heads=2, head_dim=64),
+    Case(32_768, 8, q_heads=64, kv_heads=8),
+    Case(32_768, 8, q_heads=32, kv_heads=2),
+    Case(32_768, 8, budget="2048"),
+    Case(32_768, 8, budget="8192"),
+]
+
+
+@dataclass
+class Layers:
+    """As many layers of a model as it takes to keep the caches cold, and a batch of queries."""
+
+    case: Case
+    k_pools: list[Tensor]
+    v_pools: list[Tensor]
+    codes: list[Tensor]
+    projection: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    slot_table: Tensor
+    rows: Tensor
+    lengths: Tensor
+    loc: Tensor
+    workspace: DecodeWorkspace
+    out: Tensor
+
+    @classmethod
+    def random(cls, case: Case, scattered: bool) -> Layers:
+        generator = torch.Generator("cuda").manual_seed(case.context + case.batch)
+        B, L, H, D = case.batch, case.context, case.kv_heads, case.head_dim
+        slots = B * L + 1
+        n = -(-COLD_BYTES // case.floor_bytes)
+        n = max(2, min(n, 32, POOL_BYTES // (4 * slots * H * D)))
+        normal = partial(torch.randn, device="cuda", dtype=torch.bfloat16, generator=generator)
+        order = torch.arange(B * L, device="cuda")
+        if scattered:
+            order = torch.randperm(B * L, device="cuda", generator=generator)
+        projection = torch.randint(-128, 128, (H, D, case.bits), dtype=torch.int8, device="cuda", generator=generator)
+        k_pools = [normal(slots, H, D) for _ in range(n)]
+        codes = []
+        for pool in k_pools:
+            out = torch.empty((slots, H, case.bits // 32), dtype=torch.int32, device="cuda")
+            codes.append(encode.hash_rows(pool, projection, out))
+        slot_table = (order + 1).view(B, L).int()
+        return cls(
+            case=case,
+            k_pools=k_pools,
+            v_pools=[normal(slots, H, D) for _ in range(n)],
+            codes=codes,
+            projection=projection,
+            q=normal(B, case.q_heads, D),
+            k=normal(B, H, D),
+            v=normal(B, H, D),
+            slot_table=slot_table,
+            rows=torch.arange(B, device="cuda"),
+            lengths=torch.full((B,), L, device="cuda"),
+            loc=slot_table[:, -1].long(),
+            workspace=DecodeWorkspace.allocate(
+                max_batch=B,
+                q_heads=case.q_heads,
+                kv_heads=H,
+                head_dim=D,
+                bits=case.bits,
+                max_context=L,
+                max_kept=case.rule.largest(L),
+                device="cuda",
+            ),
+            out=torch.empty((B, case.q_heads, D), dtype=torch.bfloat16, device="cuda"),
+        )
+
+    @property
+    def scale(self) -> float:
+        return self.case.head_dim**-0.5
+
+    def plan(self) -> None:
+        plan.plan_step(self.lengths, self.rows, self.workspace, self.case.rule)
+
+    def step(self, i: int) -> None:
+        pools = self.k_pools[i], self.v_pools[i], self.codes[i]
+        hata_decode_step(
+            self.q,
+            self.k,
+            self.v,
+            *pools,
+            self.projection,
+            self.slot_table,
+            self.loc,
+            self.workspace,
+            sink=SINK,
+            recent=RECENT,
+            scale=self.scale,
+            out=self.out,
+        )
+
+    def stages(self) -> dict[str, Callable[[int], Any]]:
+        """The launches of a step, in their order."""
+        w, table, B = self.workspace, self.slot_table, self.case.batch
+        return {
+            "hash": lambda i: encode.hash_decode_step(
+                self.q, self.k, self.v, self.projection, self.k_pools[i], self.v_pools[i], self.codes[i], self.loc, w
+            ),
+            "score": lambda i: score.score_and_count(self.codes[i], table, w, B, sink=SINK, recent=RECENT),
+            "select": lambda _: topk.select_slots(table, w, B),
+            "attend": lambda i: attend.attend(self.q, self.k_pools[i], self.v_pools[i], table, w, self.scale, self.out),
+        }
+
+    def stage_times(self) -> dict[str, float]:
+        """What each stage adds to those before it, so that the launches overlap as they do in a step."""
+        times: dict[str, float] = {}
+        launches: list[Callable[[int], Any]] = []
+        for name, launch in self.stages().items():
+            launches.append(launch)
+            self.workspace.histogram.zero_()
+
+            def so_far(i: int, launches: tuple[Callable[[int], Any], ...] = tuple(launches)) -> None:
+                for each in launches:
+                    each(i)
+
+            times[name] = microseconds(so_far, len(self.k_pools)) - sum(times.values())
+        return times
+
+    def dense(self) -> Iterator[Callable[[int], Any]]:
+        """Dense attention as SGLang asks FlashInfer for it, on CUDA cores and on tensor cores."""
+        from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+        case, B = self.case, self.case.batch
+        indptr = torch.arange(B + 1, device="cuda", dtype=torch.int32) * case.context
+        ones = torch.ones(B, device="cuda", dtype=torch.int32)
+        group = case.q_heads // case.kv_heads
+        for tensor_cores in (False, True):
+            if not tensor_cores and group not in (1, 2, 4, 8):
+                continue  # FlashInfer has no such kernel
+            wrapper = BatchDecodeWithPagedKVCacheWrapper(
+                torch.empty(2**29, dtype=torch.uint8, device="cuda"),
+                "NHD",
+                use_cuda_graph=True,
+                use_tensor_cores=tensor_cores,
+                paged_kv_indptr_buffer=indptr.clone(),
+                paged_kv_indices_buffer=self.slot_table.flatten().clone(),
+                paged_kv_last_page_len_buffer=ones.clone(),
+            )
+            wrapper.plan(
+                indptr,
+                self.slot_table.flatten(),
+                ones,
+                case.q_heads,
+                case.kv_heads,
+                case.head_dim,
+                1,
+                q_data_type=torch.bfloat16,
+                kv_data_type=torch.bfloat16,
+                sm_scale=self.scale,
+            )
+            yield lambda i, wrapper=wrapper: wrapper.run(
+                self.q, (self.k_pools[i].unsqueeze(1), self.v_pools[i].unsqueeze(1)), out=self.out
+            )
+
+    def check(self) -> None:
+        """Raise AssertionError unless the step of the first layer is the specification's."""
+        self.plan()
+        self.out.fill_(float("nan"))
+        self.step(0)
+        case, b = self.case, self.case.batch - 1
+        H = case.kv_heads
+        weights = reference.query_weights(reference.hash_codes(self.q[b : b + 1], self.projection), H)[0]
+        planes = reference.query_planes(weights, case.q_heads // H)
+        slots = self.slot_table[b].long()
+        for h in range(H):
+            codes = self.codes[0][slots, h : h + 1]
+            distance = reference.distances(planes[h : h + 1], codes)
+            ranks = reference.rank(distance, SINK, RECENT, self.workspace.bins)
+            chosen = slots[reference.select_positions(ranks, case.kept)]
+            if case.kept < case.context:
+                found = self.workspace.slots[b * H + h, : case.kept].long()
+                assert torch.equal(found, chosen[0]), f"{case}: KV head {h} selects other tokens than the specification"
+            group = slice(h * case.q_heads // H, (h + 1) * case.q_heads // H)
+            keys, values = (pool[0][chosen, h] for pool in (self.k_pools, self.v_pools))
+            expected = reference.attend(self.q[b, group].float(), keys, values, self.scale)
+            error = (self.out[b, group].float() - expected).norm() / expected.norm()
+            assert error < 1e-2, f"{case}: relative error {error:.1e} of KV head {h}'s attention"
+
+
+def microseconds(work: Callable[[int], Any], layers: int) -> float:
+    """Median time of one layer, over replays of a graph of all of them."""
+    work(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(layers):
+            work(i)
+    times = []
+    for replay in range(REPLAYS + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if replay >= 3:
+            times.append(start.elapsed_time(end) * 1e3 / layers)
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a microsecond of a large device-to-device copy, read and written ones counted."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(10):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return 2 * source.nbytes / statistics.median(times)
+
+
+def measure(case: Case, bandwidth: float, scattered: bool, dense: bool) -> dict[str, Any]:
+    layers = Layers.random(case, scattered)
+    layers.check()
+    n = len(layers.k_pools)
+    hata = microseconds(layers.step, n)
+    stages = layers.stage_times() | {"plan": microseconds(lambda _: layers.plan(), n)}
+    dense_us = min(microseconds(work, n) for work in layers.dense()) if dense else None
+    return {
+        **case._asdict(),
+        "kept": case.kept,
+        "slots": "scattered" if scattered else "in order",
+        "dense_us": dense_us,
+        "hata_us": hata,
+        "ratio": dense_us / hata if dense_us else None,
+        "floor_us": case.floor_bytes / bandwidth,
+        "dense_floor_us": case.bytes_read() / bandwidth,
+        "bytes": {"dense": case.bytes_read(), "hata": case.floor_bytes},
+        "stages_us": stages,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--cases",
+        choices=("table", "growth", "forms", "all"),
+        default="all",
+        help="table: the README's; growth: 4K to 1M tokens; forms: other heads, codes and budgets (default: all)",
+    )
+    parser.add_argument("--scattered", action="store_true", help="slots in random order, not as first allocated")
+    parser.add_argument("--no-dense", action="store_true", help="leave out dense attention (and FlashInfer)")
+    args = parser.parse_args()
+    cases = {"table": TABLE, "growth": GROWTH, "forms": FORMS, "all": TABLE + GROWTH + FORMS}[args.cases]
+    bandwidth = copy_bandwidth()
+    report = header("decode_attention") | {"copy_bandwidth_tb_s": bandwidth / 1e6, "rows": []}
+    print(f"{report['gpu']}, one layer, copy bandwidth {bandwidth / 1e6:.2f} TB/s")
+    print("context batch  heads  D bits budget |  dense    HATA  ratio  floor |  hash score select attend  plan")
+    for case in cases:
+        row = measure(case, bandwidth, args.scattered, not args.no_dense)
+        report["rows"].append(row)
+        stages = " ".join(f"{row['stages_us'][name]:6.1f}" for name in ("hash", "score", "select", "attend", "plan"))
+        dense, ratio = row["dense_us"] or float("nan"), row["ratio"] or float("nan")
+        print(
+            f"{case.context:7} {case.batch:5} {case.q_heads:3}/{case.kv_heads:<2} {case.head_dim:3} {case.bits:4}"
+            f" {case.budget:>6} | {dense:6.1f} {row['hata_us']:7.1f} {ratio:6.2f} {row['floor_us']:6.1f} | {stages}",
+            flush=True,
+        )
+        torch.cuda.empty_cache()
+    if args.no_dense:
+        return
+    path = result_path("decode_attention", report["gpu"])
+    write_rows(path, report, lambda row: tuple(row[name] for name in (*Case._fields, "slots")))
+    print(path)
+    draw(report)
+
+
+def draw(report: dict[str, Any]) -> None:
+    """Times over the context of one request, by stage, and the floor: what grows as bytes do is parallel to it."""
+    rows = sorted(
+        (r for r in report["rows"] if Case(r["context"], 1) == Case(*(r[name] for name in Case._fields))),
+        key=lambda row: row["context"],
+    )
+    if len(rows) < 2:
+        return
+    contexts = [row["context"] for row in rows]
+    with plot(result_path("decode_attention", report["gpu"], ".png")) as axes:
+        axes.plot(contexts, [row["dense_us"] for row in rows], "k-o", label="dense FlashInfer")
+        axes.plot(contexts, [row["hata_us"] for row in rows], "C0-o", label="HATA, budget 1/64")
+        axes.plot(contexts, [row["floor_us"] for row in rows], "C0:", label="HATA's floor")
+        for i, name in enumerate(("hash", "score", "select", "attend")):
+            axes.plot(contexts, [row["stages_us"][name] for row in rows], f"C{i + 1}--", linewidth=1, label=name)
+        axes.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="one layer's attention (µs)")
+        axes.set_title(f"{report['gpu']}: 32 query heads, 8 KV heads, head_dim 128, batch 1")
+        axes.legend()
+
+
+if __name__ == "__main__":
+    main()
