@@ -19,7 +19,10 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import httpx
@@ -64,67 +67,74 @@ def main() -> None:
     cases = args.case or (SMALL if args.small else CASES[args.shape])
     max_batch = max(batch for _, batch in cases)
 
-    tpot: dict[str, dict[Case, float]] = {}
-    startup, prefill, attended = {}, {}, {}
+    # In a process of their own, as a CUDA context would take memory from the servers.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as aside:
+        report = aside.submit(header, "serve_decode").result()
+        bandwidth = aside.submit(copy_bandwidth).result()
+    path = result_path("serve_decode", report["gpu"])
+    report |= {"copy_bandwidth_tb_s": bandwidth / 1e12, "startup_s": {args.shape: {}}, "rows": []}
+
+    dense: dict[Case, float] = {}
+    prefill: dict[str, float] = {}
     for mode, flags in server_flags(args).items():
-        flags = ["--skip-tokenizer-init", *flags]
-        with serving(args.shape, max_batch, flags) as (server, _, startup[mode]):
-            tpot[mode] = {}
+        with serving(args.shape, max_batch, ["--skip-tokenizer-init", *flags]) as (server, _, seconds):
+            report["startup_s"][args.shape][mode] = seconds
             cases = [case for case in cases if fits(server, case, mode)]
-            for context, batch in cases:
+            for case in cases:
                 before = hata_state(server) if mode == "hata" else {}
-                tpot[mode][context, batch] = time_per_token(server, context, batch, args.repeats)
-                if mode == "hata":
-                    after = hata_state(server)
-                    seen = after["tokens_seen"] - before["tokens_seen"]
-                    attended[context, batch] = (after["tokens_attended"] - before["tokens_attended"]) / seen
+                tpot = time_per_token(server, *case, args.repeats)
+                print(f"{case[0]}x{case[1]} {mode}: {tpot:.2f} ms", file=sys.stderr, flush=True)
+                if mode == "dense":
+                    dense[case] = tpot
+                    continue
+                after = hata_state(server)
+                seen = after["tokens_seen"] - before["tokens_seen"]
+                share = (after["tokens_attended"] - before["tokens_attended"]) / seen
+                report["hata"] = hata_settings(server)
+                report["rows"].append(result(args.shape, case, dense[case], tpot, report["hata"], share, bandwidth))
+                # After every case: a run that is cut short has lost nothing.
+                write_rows(path, report, lambda row: (row["shape"], row["context"], row["batch"]))
             if args.prefill:
                 prefill[mode] = time_to_first_token(server)
-            if mode == "hata":
-                hata = hata_settings(server)
-
-    bandwidth = copy_bandwidth()
-    rows = []
-    for context, batch in cases:
-        share = attended[context, batch]
-        size = bytes_read(args.shape, context, batch, hata, selects=share < 1)
-        least = {name: 1e3 * count / bandwidth for name, count in size.items()}
-        dense_ms, hata_ms = tpot["dense"][context, batch], tpot["hata"][context, batch]
-        model = SHAPES[args.shape]
-        rows.append(
-            {
-                "shape": args.shape,
-                "context": context,
-                "batch": batch,
-                "q_heads": model["num_attention_heads"],
-                "kv_heads": model["num_key_value_heads"],
-                "head_dim": model["head_dim"],
-                "bits": hata["bits"],
-                "budget": hata["budget"],
-                "dense_tpot_ms": dense_ms,
-                "hata_tpot_ms": hata_ms,
-                "ratio": dense_ms / hata_ms,
-                "dense_floor_ms": least["dense"],
-                "hata_floor_ms": least["hata"],
-                "weights_ms": least["weights"],
-                "dense_layers_ms": least["dense_layers"],
-                "attended": share,
-                "bytes": {mode: round(size[mode]) for mode in ("dense", "hata")},
-            }
-        )
-    report = header("serve_decode")
-    report |= {"copy_bandwidth_tb_s": bandwidth / 1e12, "hata": hata, "startup_s": {args.shape: startup}}
     if args.prefill:
         times = {f"{mode}_ms": ms for mode, ms in prefill.items()}
         ratio = prefill["dense"] / prefill["hata"]
         report["prefill"] = {args.shape: {"context": PREFILL_CONTEXT, **times, "ratio": ratio}}
-    path = result_path("serve_decode", report["gpu"])
-    write_rows(path, report | {"rows": rows}, lambda row: (row["shape"], row["context"], row["batch"]))
+    write_rows(path, report, lambda row: (row["shape"], row["context"], row["batch"]))
     print(path)
     report = json.loads(path.read_text())
     table(report)
     if report["rows"]:
         draw(report)
+
+
+def result(
+    shape: str, case: Case, dense_ms: float, hata_ms: float, hata: dict[str, Any], attended: float, bandwidth: float
+) -> dict[str, Any]:
+    """A row of the report; ``attended`` is the share of its tokens that HATA's server attended to."""
+    context, batch = case
+    size = bytes_read(shape, context, batch, hata, selects=attended < 1)
+    least = {name: 1e3 * count / bandwidth for name, count in size.items()}
+    model = SHAPES[shape]
+    return {
+        "shape": shape,
+        "context": context,
+        "batch": batch,
+        "q_heads": model["num_attention_heads"],
+        "kv_heads": model["num_key_value_heads"],
+        "head_dim": model["head_dim"],
+        "bits": hata["bits"],
+        "budget": hata["budget"],
+        "dense_tpot_ms": dense_ms,
+        "hata_tpot_ms": hata_ms,
+        "ratio": dense_ms / hata_ms,
+        "dense_floor_ms": least["dense"],
+        "hata_floor_ms": least["hata"],
+        "weights_ms": least["weights"],
+        "dense_layers_ms": least["dense_layers"],
+        "attended": attended,
+        "bytes": {mode: round(size[mode]) for mode in ("dense", "hata")},
+    }
 
 
 def parse_case(text: str) -> Case:
@@ -205,7 +215,7 @@ def bytes_read(shape: str, context: int, batch: int, hata: dict[str, Any], selec
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second of a large device-to-device copy, read and written ones counted; after the servers have ended."""
+    """Bytes a second of a large device-to-device copy, read and written ones counted."""
     import torch
 
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda")

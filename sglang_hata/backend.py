@@ -99,6 +99,7 @@ class HataBackend(AttentionBackend):
         self.layers = self.pool.layer_num
         self.sparse: SparseDecoder = KernelDecoder(self, runner) if self.slot_table.is_cuda else SpecifiedDecoder(self)
         self.budget = self.sparse.budget()
+        self.state.costs = self.budget.costs
         self.step = Step([], [])
         self.checked = False
         if compat.tensor_parallel()[0] == 0:
@@ -111,7 +112,7 @@ class HataBackend(AttentionBackend):
         share = 100 * codes.size_bytes() / kv_bytes
         source = "an untrained rotation" if config.weights == "none" else config.weights
         costs = self.budget.costs
-        above = f"contexts above {self.budget.min_context} tokens"
+        above = f"contexts above {max(self.budget.min_context, self.budget.tokens, self.budget.floor)} tokens"
         if costs is not None:
             above = (
                 f"batches in which that saves time (measured a layer: {costs.attend} ps for a token attended to, "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from sglang_hata.config import HataConfig
 
 if TYPE_CHECKING:
+    from hata_kernels.reference import Costs
     from sglang_hata.code_cache import CodeCache
 
 
@@ -17,6 +18,7 @@ class ServingState:
 
     Args:
         config: the settings.
+        costs: what a decode step costs here, where that decides who selects.
         decode_steps: decode steps of the whole batch.
         tokens_attended, tokens_seen: cached tokens that decode attention read, and that it would have read if dense,
             summed over requests, layers (the dense ones too) and KV heads of this rank.
@@ -24,6 +26,7 @@ class ServingState:
     """
 
     config: HataConfig
+    costs: Costs | None = None
     decode_steps: int = 0
     tokens_attended: int = 0
     tokens_seen: int = 0
@@ -48,6 +51,7 @@ class ServingState:
         codes: CodeCache = pool.codes
         shown = self.config.to_dict() | {
             "bits": codes.bits,
+            "costs_ps": asdict(self.costs) if self.costs else None,
             "bytes_per_token": codes.bytes_per_token,
             "decode_steps": self.decode_steps,
             "tokens_attended": self.tokens_attended,

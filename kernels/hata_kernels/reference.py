@@ -98,9 +98,9 @@ class Budget:
         return torch.where(selects, kept, lengths)
 
     def largest(self, max_context: int) -> int:
-        """The most tokens that a request of at most ``max_context`` tokens selects, if it leaves any out."""
-        share = -(-max_context * self.share_ppm // 1_000_000)
-        return min(max_context, max(share, self.tokens, self.floor))
+        """The most tokens that a request of at most ``max_context`` tokens selects; 0 if none leaves any out."""
+        kept = self.of(max_context)
+        return kept if kept < max_context else 0
 
 
 def integer_rows(x: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ class DecodeWorkspace:
             share_counts=zeros(shares, kv_heads, bins, dtype=torch.int16),
             cuts=zeros(rows, 2),
             offsets=zeros(shares, kv_heads, 2),
-            slots=zeros(rows, max_kept),
+            slots=zeros(rows, max(max_kept, 1)),
             partial=zeros(chunks * kv_heads, G, head_dim, dtype=torch.float32),
             partial_lse=zeros(chunks * kv_heads, G, dtype=torch.float32),
             arrivals=zeros(rows),

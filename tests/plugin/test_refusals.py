@@ -38,7 +38,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "lmcache": (["--enable-lmcache"], "--hata cannot run with --enable-lmcache"),
     "kv-dtype": (
         ["--kv-cache-dtype", "fp8_e4m3"],
-        "--hata cannot run with --kv-cache-dtype fp8_e4m3: keys must be cached as they are hashed",
+        "--hata cannot run with --kv-cache-dtype fp8_e4m3 here: only the GPU kernels read it; use auto.",
     ),
     "pipeline": (["--pp-size", "2"], "--hata cannot run with --pp-size 2"),
     "decode-backend": (
