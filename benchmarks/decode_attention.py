@@ -43,6 +43,7 @@ class Case(NamedTuple):
     head_dim: int = 128
     bits: int = 128
     budget: str = "1/64"
+    scoring: str = reference.HAMMING
 
     @property
     def kept(self) -> int:
@@ -79,6 +80,10 @@ GROWTH = [Case(context, 1) for context in (4096, 8192, 16_384, 65_536, 524_288, 
 FORMS = [
     Case(32_768, 8, bits=64),
     Case(32_768, 8, bits=256),
+    Case(32_768, 8, scoring=reference.ONE_SIDED),
+    Case(131_072, 8, scoring=reference.ONE_SIDED),
+    Case(131_072, 1, scoring=reference.ONE_SIDED),
+    Case(32_768, 8, bits=64, scoring=reference.ONE_SIDED),
     Case(32_768, 8, q_heads=14, kv_heads=2, head_dim=64),
     Case(32_768, 8, q_heads=64, kv_heads=8),
     Case(32_768, 8, q_heads=32, kv_heads=2),
@@ -146,6 +151,7 @@ class Layers:
                 max_context=L,
                 max_kept=case.rule.largest(L),
                 device="cuda",
+                scoring=case.scoring,
             ),
             out=torch.empty((B, case.q_heads, D), dtype=torch.bfloat16, device="cuda"),
         )
@@ -244,8 +250,8 @@ class Layers:
         self.step(0)
         case, b = self.case, self.case.batch - 1
         H = case.kv_heads
-        weights = reference.query_weights(reference.hash_codes(self.q[b : b + 1], self.projection), H)[0]
-        planes = reference.query_planes(weights, case.q_heads // H)
+        weights = reference.query_weights(self.q[b : b + 1], self.projection, case.scoring)[0]
+        planes = reference.query_planes(weights, reference.magnitudes(case.q_heads // H, case.scoring))
         slots = self.slot_table[b].long()
         for h in range(H):
             codes = self.codes[0][slots, h : h + 1]
@@ -333,17 +339,17 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     report = header("decode_attention") | {"copy_bandwidth_tb_s": bandwidth / 1e6, "rows": []}
     print(f"{report['gpu']}, one layer, copy bandwidth {bandwidth / 1e6:.2f} TB/s")
-    print("context batch  heads  D bits budget |  dense    HATA  ratio  floor |  hash score select attend  plan")
+    print(
+        "context batch  heads  D bits budget score     |  dense    HATA  ratio  floor |  hash score select attend  plan"
+    )
     for case in cases:
         row = measure(case, bandwidth, args.scattered, not args.no_dense)
         report["rows"].append(row)
         stages = " ".join(f"{row['stages_us'][name]:6.1f}" for name in ("hash", "score", "select", "attend", "plan"))
         dense, ratio = row["dense_us"] or float("nan"), row["ratio"] or float("nan")
-        print(
-            f"{case.context:7} {case.batch:5} {case.q_heads:3}/{case.kv_heads:<2} {case.head_dim:3} {case.bits:4}"
-            f" {case.budget:>6} | {dense:6.1f} {row['hata_us']:7.1f} {ratio:6.2f} {row['floor_us']:6.1f} | {stages}",
-            flush=True,
-        )
+        form = f"{case.q_heads:3}/{case.kv_heads:<2} {case.head_dim:3} {case.bits:4} {case.budget:>6} {case.scoring:9}"
+        times = f"{dense:6.1f} {row['hata_us']:7.1f} {ratio:6.2f} {row['floor_us']:6.1f}"
+        print(f"{case.context:7} {case.batch:5} {form} | {times} | {stages}", flush=True)
         torch.cuda.empty_cache()
     if args.no_dense:
         return

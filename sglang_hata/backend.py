@@ -17,7 +17,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from hata_kernels.costs import measure_costs
 from hata_kernels.decode import hata_decode_step
 from hata_kernels.plan import plan_step
-from hata_kernels.reference import Budget, hash_codes, hata_decode
+from hata_kernels.reference import Budget, bins_of, hata_decode, query_weights
 from hata_kernels.workspace import DecodeWorkspace
 from sglang_hata import compat
 from sglang_hata.code_cache import PADDING_SLOT
@@ -221,12 +221,14 @@ class HataBackend(AttentionBackend):
         rows = zip(batch.req_pool_indices.tolist(), self.step.lengths, strict=True)
         return [self.slot_table[row, :length].long() for row, length in rows]
 
-    def check_selections(self, layer: int, query_codes: Tensor, slots: list[Tensor], selected: list[Tensor]) -> None:
+    def check_selections(self, layer: int, q: Tensor, slots: list[Tensor], selected: list[Tensor]) -> None:
         """For --hata-verify: compares a layer's selections with the oracle, and counts."""
         codes, config = self.codes.codes[layer], self.config
+        weights = query_weights(q, self.codes.projections[layer], config.scoring)
+        farthest = bins_of(q.shape[1] // self.codes.kv_heads, self.codes.bits, config.scoring) - 3
         self.state.selections_checked += len(slots) * self.codes.kv_heads
         self.state.selections_wrong += wrong_selections(
-            query_codes, codes, slots, selected, self.step.kept, config.sink, config.recent
+            weights, codes, slots, selected, self.step.kept, config.sink, config.recent, farthest
         )
 
     def forward_extend(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -269,9 +271,10 @@ class SpecifiedDecoder:
             sink=config.sink,
             recent=config.recent,
             scale=layer.scaling,
+            scoring=config.scoring,
         )
         if config.verify:
-            backend.check_selections(layer.layer_id, hash_codes(q, projection), slots, selected)
+            backend.check_selections(layer.layer_id, q, slots, selected)
         return out
 
 
@@ -306,6 +309,7 @@ class KernelDecoder:
             q_heads=self.q_heads,
             dtype=self.dtype,
             max_context=self.max_context,
+            scoring=backend.config.scoring,
         )
         return backend.config.budget_rule(costs)
 
@@ -378,6 +382,7 @@ class KernelDecoder:
             max_context=max_context,
             max_kept=self.backend.budget.largest(max_context),
             device=self.backend.slot_table.device,
+            scoring=self.backend.config.scoring,
         )
 
     def _verify(self, q: Tensor, layer: int, batch: ForwardBatch) -> None:
@@ -390,4 +395,4 @@ class KernelDecoder:
             if kept == len(request):
                 chosen = request.expand(H, -1)
             selected.append(torch.stack([torch.isin(request, row).nonzero().squeeze(1) for row in chosen]))
-        backend.check_selections(layer, hash_codes(q, backend.codes.projections[layer]), slots, selected)
+        backend.check_selections(layer, q, slots, selected)

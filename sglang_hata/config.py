@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hata_kernels.reference import Budget, Costs
 
 BITS_ALLOWED = (128, 256)
+SCORINGS = ("hamming", "one-sided")
 MAX_TOKENS = 2**24
 
 
@@ -46,6 +47,12 @@ FLAGS = (
         "{128,256}",
         "Bits of a hash code when no trained weights are given (a random rotation). Default 128: 16 bytes a "
         "token and KV head, 3.1%% of K and V at head_dim 128. 256 chooses better and costs twice as much.",
+    ),
+    Flag(
+        "hata_scoring",
+        "{hamming,one-sided}",
+        "How a query is compared with codes. hamming, the default, binarises the queries of a group too, as the paper "
+        "does; one-sided keeps them at 4 bits each, which tells keys apart better by the same codes.",
     ),
     Flag(
         "hata_weights",
@@ -87,6 +94,7 @@ class HataConfig:
     Args:
         budget: as the user wrote it, ``"2048"`` or ``"1.6%"``.
         bits: bits of an untrained code; a weights folder brings its own.
+        scoring: ``"hamming"`` or ``"one-sided"``.
         weights: a folder, or ``"none"``.
         dense_layers: how many of the first layers attend to everything.
         sink, recent: tokens at the start and at the end that are always attended to.
@@ -99,6 +107,7 @@ class HataConfig:
 
     budget: str = "2048"
     bits: int = 128
+    scoring: str = "hamming"
     weights: str = "none"
     dense_layers: int = 2
     sink: int = 16
@@ -110,6 +119,8 @@ class HataConfig:
         tokens, _ = parse_budget(self.budget)
         if self.bits not in BITS_ALLOWED:
             raise HataError(f"--hata-bits {self.bits} is not a code length: choose 128 or 256.")
+        if self.scoring not in SCORINGS:
+            raise HataError(f"--hata-scoring {self.scoring} is not a score: choose {' or '.join(SCORINGS)}.")
         for name in ("dense_layers", "sink", "recent", "min_context"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= MAX_TOKENS:

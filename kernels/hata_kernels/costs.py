@@ -32,6 +32,7 @@ def measure_costs(
     q_heads: int,
     dtype: torch.dtype,
     max_context: int,
+    scoring: str,
 ) -> Costs | None:
     """Times a step of one request over some layers; half a second, and some seconds when kernels must be compiled.
 
@@ -41,6 +42,7 @@ def measure_costs(
         q_heads: query heads.
         dtype: of the queries.
         max_context: the longest context.
+        scoring: `reference.HAMMING` or `reference.ONE_SIDED`.
 
     Returns:
         None if the pool is too small to tell.
@@ -64,6 +66,7 @@ def measure_costs(
         max_context=longest,
         max_kept=longest,
         device=device,
+        scoring=scoring,
     )
 
     def picoseconds(length: int, kept: int) -> float:

@@ -20,7 +20,7 @@ from hata_kernels.launch import (
     overlaps_launches,
     wait_for_previous,
 )
-from hata_kernels.reference import MAX_BIASED_EXPONENT, MIN_BIASED_EXPONENT, ROW_EXPONENT, WORD_BITS
+from hata_kernels.reference import MAX_BIASED_EXPONENT, MIN_BIASED_EXPONENT, ONE_SIDED, ROW_EXPONENT, WORD_BITS
 from hata_kernels.workspace import DecodeWorkspace
 
 MIN_EXPONENT = tl.constexpr(MIN_BIASED_EXPONENT)
@@ -38,25 +38,41 @@ FEW_ROWS, MANY_ROWS = 16, 64
 
 
 @triton.jit
-def integer_planes(b_x):
-    """[M, D] float32 -> its integer rows as two int8 planes (lo, hi), row = 256 * hi + lo."""
+def integers(b_x):
+    """[M, D] float32 -> [M, D] int32: `reference.integer_rows`."""
     b_largest = tl.max(tl.abs(b_x), axis=1)
     b_exponent = b_largest.to(tl.int32, bitcast=True) >> 23
     b_exponent = tl.minimum(tl.maximum(b_exponent, MIN_EXPONENT), MAX_EXPONENT)
     b_scale = ((-b_exponent + SCALE_EXPONENT) << 23).to(tl.float32, bitcast=True)
     # Exact product, then one rounding: the same bits whether or not this becomes a fused multiply-add.
     b_rounded = b_x * b_scale[:, None] + ROUND_MAGIC
-    b_row = b_rounded.to(tl.int32, bitcast=True) - ROUND_MAGIC_BITS
+    return b_rounded.to(tl.int32, bitcast=True) - ROUND_MAGIC_BITS
+
+
+@triton.jit
+def integer_planes(b_x):
+    """[M, D] float32 -> its integer rows as two int8 planes (lo, hi), row = 256 * hi + lo."""
+    b_row = integers(b_x)
     b_lo = ((b_row + 128) & 255) - 128
     b_hi = (b_row - b_lo) >> 8
     return b_lo.to(tl.int8), b_hi.to(tl.int8)
 
 
 @triton.jit
-def sign_bits(b_lo, b_hi, b_p):
-    """Two [M, D] int8 planes and a [D, bits] int8 projection -> [M, bits] int32 of zeros and ones."""
-    b_acc = tl.dot(b_hi, b_p, out_dtype=tl.int32) * 256 + tl.dot(b_lo, b_p, out_dtype=tl.int32)
-    return (b_acc > 0).to(tl.int32)
+def projected(b_lo, b_hi, b_p):
+    """Two [M, D] int8 planes and a [D, bits] int8 projection -> [M, bits] int32, exact."""
+    return tl.dot(b_hi, b_p, out_dtype=tl.int32) * 256 + tl.dot(b_lo, b_p, out_dtype=tl.int32)
+
+
+@triton.jit
+def group_in_every_row(b_x, G: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr):
+    """[BR * BG, BD] float32: each request's G query rows become their sum, as integers of one scale; keys stay."""
+    b_x = tl.reshape(b_x, [BR, BG, BD])
+    m_q = (tl.arange(0, BG) < G)[None, :, None]
+    b_queries = tl.reshape(tl.where(m_q, b_x, 0.0), [BR, BG * BD])
+    b_row = tl.reshape(integers(b_queries), [BR, BG, BD])
+    b_sum = tl.sum(b_row, axis=1).to(tl.float32)  # below 2^19: exact
+    return tl.reshape(tl.where(m_q, b_sum[:, None, :], b_x), [BR * BG, BD])
 
 
 @triton.jit
@@ -101,7 +117,7 @@ def hash_rows_kernel(
     for i_b in tl.static_range(BITS // BB):
         p_p = projection + (i_h * D + o_d)[:, None] * BITS + (i_b * BB + tl.arange(0, BB))[None, :]
         b_p = tl.load(p_p, mask=(o_d < D)[:, None], other=0)
-        b_words = pack(sign_bits(b_lo, b_hi, b_p), BM, BB // 32)
+        b_words = pack((projected(b_lo, b_hi, b_p) > 0).to(tl.int32), BM, BB // 32)
         tl.store(p_out[:, None] + (i_b * (BB // 32) + o_w)[None, :], b_words, mask=m_m[:, None])
 
 
@@ -131,6 +147,7 @@ def hash_decode_step_kernel(
     BDV: tl.constexpr,
     BITS: tl.constexpr,
     P: tl.constexpr,
+    ONE_SIDED: tl.constexpr,
     BR: tl.constexpr,
     BG: tl.constexpr,
     BW: tl.constexpr,
@@ -153,10 +170,14 @@ def hash_decode_step_kernel(
     p_k = k + o_request * k_token_stride + i_h.to(tl.int64) * k_head_stride
     b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q[:, None] & m_d, other=0.0)
     b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_k[:, None] & m_d, other=0.0)
-    b_lo, b_hi = integer_planes(tl.where(m_k[:, None], b_k, b_q).to(tl.float32))
+    b_x = tl.where(m_k[:, None], b_k, b_q).to(tl.float32)
+    if ONE_SIDED:
+        b_x = group_in_every_row(b_x, G, BR, BG, BD)
+    b_lo, b_hi = integer_planes(b_x)
     o_bit = i_w * (BW * 32) + tl.arange(0, BW * 32)
     b_p = tl.load(projection + (i_h * D + o_d)[:, None] * BITS + o_bit[None, :], mask=(o_d < D)[:, None], other=0)
-    b_bit = tl.reshape(sign_bits(b_lo, b_hi, b_p), [BR, BG, BW * 32])
+    b_acc = tl.reshape(projected(b_lo, b_hi, b_p), [BR, BG, BW * 32])
+    b_bit = (b_acc > 0).to(tl.int32)
 
     o_r = i_m * BR + tl.arange(0, BR)
     m_r = (o_r < batch)[:, None]
@@ -165,12 +186,17 @@ def hash_decode_step_kernel(
     b_loc = tl.load(loc + o_r, mask=o_r < batch, other=0).to(tl.int64)
     b_key = pack(tl.sum(tl.where(o_g == G, b_bit, 0), axis=1), BR, BW)
     tl.store(code_cache + (b_loc * H + i_h)[:, None] * (BITS // 32) + o_w, b_key, mask=m_r)
-    b_weight = 2 * tl.sum(tl.where(o_g < G, b_bit, 0), axis=1) - G
     p_plane = planes + (o_r.to(tl.int64) * H + i_h)[:, None] * ((1 + P) * (BITS // 32)) + o_w
-    tl.store(p_plane, pack((b_weight > 0).to(tl.int32), BR, BW), mask=m_r)
-    b_magnitude = tl.abs(b_weight)
-    if G % 2 == 0:
-        b_magnitude = b_magnitude >> 1
+    if ONE_SIDED:
+        b_weight = tl.sum(tl.where(o_g == 0, b_acc, 0), axis=1)
+        b_unit = (tl.max(tl.abs(b_weight), axis=1) >> 8)[:, None]
+        b_magnitude = tl.zeros([BR, BW * 32], tl.int32)
+        for i_step in tl.static_range(1, 1 << P):
+            b_magnitude += (tl.abs(b_weight) >= b_unit * (((2 * i_step - 1) * 256 + 7) // 14)).to(tl.int32)
+    else:
+        b_weight = 2 * tl.sum(tl.where(o_g < G, b_bit, 0), axis=1) - G
+        b_magnitude = tl.abs(b_weight) >> (1 - G % 2)
+    tl.store(p_plane, pack(((b_weight > 0) & (b_magnitude > 0)).to(tl.int32), BR, BW), mask=m_r)
     for i_p in tl.static_range(P):
         b_plane = pack((b_magnitude >> i_p) & 1, BR, BW)
         tl.store(p_plane + (1 + i_p) * (BITS // 32), b_plane, mask=m_r)
@@ -298,8 +324,10 @@ def hash_decode_step(
     BG = triton.next_power_of_2(G + 1)
     rows = FEW_ROWS if B * BG <= 4 * FEW_ROWS else MANY_ROWS
     BR = max(1, rows // BG)
-    # A small batch is bound by latency: one word of bits a program spreads it over more multiprocessors.
-    BW = 1 if rows == FEW_ROWS else min(bits, 128) // WORD_BITS
+    one_sided = workspace.scoring == ONE_SIDED
+    # A small batch is bound by latency: one word of bits a program spreads it over more multiprocessors. One-sided
+    # weights are rounded by the largest of all bits.
+    BW = bits // WORD_BITS if one_sided else 1 if rows == FEW_ROWS else min(bits, 128) // WORD_BITS
     BD = triton.next_power_of_2(D)
     hash_decode_step_kernel[(triton.cdiv(B, BR), H, bits // WORD_BITS // BW)](
         q,
@@ -326,10 +354,11 @@ def hash_decode_step(
         BDV=triton.next_power_of_2(v.shape[2]),
         BITS=bits,
         P=workspace.planes.shape[2] - 1,
+        ONE_SIDED=one_sided,
         BR=BR,
         BG=BG,
         BW=BW,
         STORE_KV=store_kv,
         PDL=overlaps_launches(q.device),
-        num_warps=8 if rows == MANY_ROWS and BD == 256 else 4,
+        num_warps=8 if rows == MANY_ROWS and (BD == 256 or one_sided) else 4,
     )

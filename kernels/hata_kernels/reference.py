@@ -2,8 +2,8 @@
 
     plan     lengths      -> k            how many tokens each request attends to
     hash     x            -> codes        sign bits of an integer projection            (paper, Alg. 2)
-    weigh    query codes  -> planes       what each bit is worth to a GQA group of queries
-    score    planes       -> distances    Hamming, summed over the group                        (Alg. 3)
+    weigh    queries      -> planes       what each bit is worth to a GQA group of queries
+    score    planes       -> distances    weighted Hamming; with HAMMING, summed over the group  (Alg. 3)
     rank     distances    -> ranks        sinks and recent tokens before all others
     select   ranks        -> positions    the k lowest ranks, ties by position
     attend   positions    -> output       softmax attention over those tokens alone
@@ -31,6 +31,11 @@ ROW_EXPONENT = 13
 # Float32's biased exponent, kept in the range in which the scaling factor is itself a normal float32.
 MIN_BIASED_EXPONENT = 13
 MAX_BIASED_EXPONENT = 254
+
+# How queries are compared with codes of keys.
+HAMMING, ONE_SIDED = "hamming", "one-sided"
+# Magnitudes of one-sided weights are rounded to sevenths of the largest: halfway points, in parts of 256.
+MAGNITUDE_STEPS = tuple(((2 * step - 1) * 256 + 7) // 14 for step in range(1, 8))
 
 IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
 
@@ -157,49 +162,66 @@ def popcount(x: Tensor) -> Tensor:
     return (x * 0x01010101) >> 24
 
 
-def query_weights(query_codes: Tensor, kv_heads: int) -> Tensor:
-    """What each bit of a key's code is worth to a group of queries (paper, Alg. 3, summed over the GQA group).
+def query_weights(query: Tensor, projection: Tensor, scoring: str = HAMMING) -> Tensor:
+    """What each bit of a key's code is worth to a group of queries.
 
-    The Hamming distances of a key to the G queries of its group add up bit by bit: a key bit that is 1 where n of
-    the queries have a 1 adds G - n, one that is 0 adds n. Which of the two is cheaper, and by how much, is all that
-    the choice of keys depends on; so the group is summed once, before any key is read.
+    HAMMING binarises the queries as it does keys (paper, Alg. 3). The Hamming distances of a key to the G queries of
+    its group add up bit by bit: a key bit that is 1 where n of the queries have a 1 adds G - n, one that is 0 adds n.
+    Which of the two is cheaper, and by how much, is all that the choice of keys depends on; so the group is summed
+    once, before any key is read.
+
+    ONE_SIDED leaves the queries as they are: their projections, summed over the group, in 8 steps of magnitude.
 
     Args:
-        query_codes: [B, Hq, W] int32.
+        query: [B, Hq, D] floating point.
+        projection: [H, D, bits] int8.
 
     Returns:
-        [B, H, bits] int32, w = 2 n - G, halved where G is even: the sign is the bit that most queries have, the
-        magnitude what a key pays for the other one.
+        [B, H, bits] int32: the sign is the bit that the group prefers, the magnitude what a key pays for the other one.
+        With HAMMING, 2 n - G, halved where G is even.
     """
-    G = query_codes.shape[1] // kv_heads
-    ones = unpack_bits(query_codes).unflatten(1, (kv_heads, G)).sum(2, dtype=torch.int32)
-    return (2 * ones - G) // (1 if G % 2 else 2)  # exact: 2 n - G is even where G is
+    B, Hq, D = query.shape
+    H, _, bits = projection.shape
+    G = Hq // H
+    if scoring == HAMMING:
+        ones = unpack_bits(hash_codes(query, projection)).view(B, H, G, bits).sum(2, dtype=torch.int32)
+        return (2 * ones - G) // (1 if G % 2 else 2)  # exact: 2 n - G is even where G is
+    # One power of two for the whole group, so that its rows can be added.
+    group = integer_rows(query.reshape(B, H, G * D)).view(B, H, G, D).sum(2, dtype=torch.int32)
+    rows = integer_rows(group).to(torch.float64)
+    projected = torch.einsum("bhd,hdj->bhj", rows, projection.to(torch.float64)).to(torch.int32)
+    unit = projected.abs().amax(dim=-1, keepdim=True) >> 8
+    steps = torch.stack([projected.abs() >= unit * step for step in MAGNITUDE_STEPS]).sum(0, dtype=torch.int32)
+    return torch.where(projected > 0, steps, -steps)
 
 
-def magnitudes(group: int) -> int:
+def magnitudes(group: int, scoring: str = HAMMING) -> int:
     """The largest magnitude of `query_weights` for a group of G query heads."""
+    if scoring == ONE_SIDED:
+        return len(MAGNITUDE_STEPS)
     return group if group % 2 else group // 2
 
 
-def query_planes(weights: Tensor, group: int) -> Tensor:
+def query_planes(weights: Tensor, largest: int) -> Tensor:
     """Weights cut into words that popcounts can work on.
 
     Args:
         weights: [..., bits] int32.
+        largest: `magnitudes`.
 
     Returns:
         [..., 1 + P, W] int32: the signs (set where the weight is positive), then the P binary digits of the
         magnitudes, the lowest first.
     """
-    digits = [(weights.abs() >> p) & 1 for p in range(magnitudes(group).bit_length())]
+    digits = [(weights.abs() >> p) & 1 for p in range(largest.bit_length())]
     return torch.stack([pack_bits(weights > 0), *(pack_bits(digit > 0) for digit in digits)], dim=-2)
 
 
 def distances(planes: Tensor, key_codes: Tensor) -> Tensor:
     """Summed weights of the bits in which a key differs from what its group of queries prefers; least is best.
 
-    The Hamming distances summed over the group, but for a constant of the group and a factor of 2 where G is even:
-    the order of the keys is the same, ties too.
+    With HAMMING, the Hamming distances summed over the group, but for a constant of the group and a factor of 2 where
+    G is even: the order of the keys is the same, ties too.
 
     Args:
         planes: [H, 1 + P, W] int32, of one request.
@@ -215,16 +237,20 @@ def distances(planes: Tensor, key_codes: Tensor) -> Tensor:
     return total
 
 
-def bins_of(group: int, bits: int) -> int:
-    """How many different ranks there are: a power of two, 256 for groups of 4 and codes of 128 bits."""
-    return 1 << (magnitudes(group) * bits - 1).bit_length()
+def bins_of(group: int, bits: int, scoring: str = HAMMING) -> int:
+    """How many different ranks there are: a power of two, 256 for codes of 128 bits and ONE_SIDED or groups of 4.
+
+    ONE_SIDED keeps apart distances up to 2 * bits: a key that knows nothing of the query is at about 1.3 * bits.
+    """
+    largest = 2 if scoring == ONE_SIDED else magnitudes(group)
+    return 1 << (largest * bits - 1).bit_length()
 
 
 def rank(distance: Tensor, sink: int, recent: int, bins: int) -> Tensor:
     """Ranks to select by: 0 for tokens that are always kept, 1 + distance for all others, at most bins - 2.
 
-    The three largest distances share the last rank. Only a key that disagrees with nearly all queries in nearly all
-    bits is that far, and so a rank is a byte in the usual case, with one value, bins - 1, to spare for no token.
+    The largest distances share the last rank; with HAMMING three of them, which take a key that disagrees with nearly
+    all queries in nearly all bits. So a rank is a byte in the usual case, with one value, bins - 1, for no token.
 
     Args:
         distance: [H, L] int32.
@@ -277,6 +303,7 @@ def hata_decode(
     sink: int,
     recent: int,
     scale: float,
+    scoring: str = HAMMING,
 ) -> tuple[Tensor, list[Tensor]]:
     """One decode step of one layer: all the steps above, request by request.
 
@@ -292,13 +319,14 @@ def hata_decode(
     """
     H, _, bits = projection.shape
     G = query.shape[1] // H
-    planes = query_planes(query_weights(hash_codes(query, projection), H), G)
+    planes = query_planes(query_weights(query, projection, scoring), magnitudes(G, scoring))
+    bins = bins_of(G, bits, scoring)
     kept = budget.plan(torch.tensor([len(request) for request in slots])).tolist()
     head = torch.arange(H, device=query.device).unsqueeze(1)
     outputs, selected = [], []
     for q, q_planes, request_slots, k in zip(query, planes, slots, kept, strict=True):
         distance = distances(q_planes, code_cache[request_slots])
-        positions = select_positions(rank(distance, sink, recent, bins_of(G, bits)), k)
+        positions = select_positions(rank(distance, sink, recent, bins), k)
         chosen = request_slots[positions]
         outputs.append(attend(q, key_cache[chosen, head], value_cache[chosen, head], scale))
         selected.append(positions)

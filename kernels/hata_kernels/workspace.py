@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from hata_kernels.launch import multiprocessors
-from hata_kernels.reference import WORD_BITS, bins_of, magnitudes
+from hata_kernels.reference import HAMMING, WORD_BITS, bins_of, magnitudes
 
 # Query heads of a KV head, at most.
 MAX_GROUP = 16
@@ -88,6 +88,7 @@ class DecodeWorkspace:
             `plan.plan_step`.
         grid: programs of each kernel.
         max_context: the longest context.
+        scoring: how queries are compared with codes of keys.
     """
 
     planes: Tensor
@@ -106,6 +107,7 @@ class DecodeWorkspace:
     chunks: Tensor
     grid: Grid
     max_context: int
+    scoring: str
 
     @classmethod
     def allocate(
@@ -119,11 +121,13 @@ class DecodeWorkspace:
         max_context: int,
         max_kept: int,
         device: torch.device | str,
+        scoring: str = HAMMING,
     ) -> DecodeWorkspace:
         """Buffers for up to ``max_batch`` requests of up to ``max_context`` tokens.
 
         Args:
             head_dim: of the values.
+            scoring: `reference.HAMMING` or `reference.ONE_SIDED`.
             max_kept: the most tokens that a KV head of one request selects (`reference.Budget.largest`).
 
         Raises:
@@ -136,7 +140,7 @@ class DecodeWorkspace:
                 f"{q_heads} query heads over {kv_heads} KV heads, {bits} bits: expected 1 to {MAX_GROUP} query heads"
                 " for each KV head, and 64, 128 or 256 bits"
             )
-        bins = bins_of(G, bits)
+        bins = bins_of(G, bits, scoring)
         grid = Grid.of(kv_heads, W, bins, device)
         rows = max_batch * kv_heads
         shares, chunks = grid.pieces(kv_heads, max_batch, max_batch * max_context)
@@ -147,7 +151,7 @@ class DecodeWorkspace:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         return cls(
-            planes=zeros(max_batch, kv_heads, 1 + magnitudes(G).bit_length(), W),
+            planes=zeros(max_batch, kv_heads, 1 + magnitudes(G, scoring).bit_length(), W),
             ranks=zeros(max_batch, kv_heads, stride, dtype=torch.uint8 if bins <= 256 else torch.int16),
             histogram=zeros(max_batch, kv_heads, bins),
             share_counts=zeros(shares, kv_heads, bins, dtype=torch.int16),
@@ -163,6 +167,7 @@ class DecodeWorkspace:
             chunks=zeros(chunks, PIECE),
             grid=grid,
             max_context=max_context,
+            scoring=scoring,
         )
 
     @property

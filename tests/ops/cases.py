@@ -35,6 +35,7 @@ class Case:
     budget: Budget
     sink: int
     recent: int
+    scoring: str = reference.HAMMING
 
     @property
     def scale(self) -> float:
@@ -75,6 +76,7 @@ class Case:
             max_context=max_context,
             max_kept=self.budget.largest(max_context),
             device=self.q.device,
+            scoring=self.scoring,
         )
 
 
@@ -110,6 +112,7 @@ def make_case(
     padded: int = 0,
     rows: int | None = None,
     width: int | None = None,
+    scoring: str = reference.HAMMING,
 ) -> Case:
     """A random step.
 
@@ -182,6 +185,7 @@ def make_case(
         budget=budget,
         sink=sink,
         recent=recent,
+        scoring=scoring,
     )
 
 
@@ -205,13 +209,13 @@ def expected_codes(case: Case) -> Tensor:
 
 def expected_planes(case: Case) -> Tensor:
     """[B, H, 1 + P, W] int32."""
-    codes = reference.hash_codes(case.q, case.projection)
-    return reference.query_planes(reference.query_weights(codes, case.k.shape[1]), case.group)
+    weights = reference.query_weights(case.q, case.projection, case.scoring)
+    return reference.query_planes(weights, reference.magnitudes(case.group, case.scoring))
 
 
 def expected_ranks(case: Case, codes: Tensor) -> list[Tensor]:
     """[H, L] int32 for each request, given the code cache after the step."""
-    bins = reference.bins_of(case.group, case.projection.shape[2])
+    bins = reference.bins_of(case.group, case.projection.shape[2], case.scoring)
     return [
         reference.rank(reference.distances(planes, codes[request]), case.sink, case.recent, bins)
         for planes, request in zip(expected_planes(case), case.slots, strict=False)

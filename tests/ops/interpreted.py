@@ -114,9 +114,13 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("name", STEPS)
-def test_step_is_the_specification(name: str, index_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("scoring", "index_dtype"),
+    [(reference.HAMMING, torch.int32), (reference.HAMMING, torch.int64), (reference.ONE_SIDED, torch.int64)],
+    ids=str,
+)
+def test_step_is_the_specification(name: str, scoring: str, index_dtype: torch.dtype) -> None:
     lengths, budget, kv_heads, group, head_dim, bits = STEPS[name]
     dtype = torch.bfloat16 if index_dtype == torch.int32 else torch.float16
     case = make_case(
@@ -130,6 +134,7 @@ def test_step_is_the_specification(name: str, index_dtype: torch.dtype) -> None:
         generator=seeded(len(name)),
         index_dtype=index_dtype,
         padded=0 if name == "one" else 2,
+        scoring=scoring,
     )
     room = case.workspace(max_batch=len(case.q) + 1)
     poison(room)
@@ -148,6 +153,7 @@ def test_step_is_the_specification(name: str, index_dtype: torch.dtype) -> None:
         sink=case.sink,
         recent=case.recent,
         scale=case.scale,
+        scoring=scoring,
     )
     for slots, request, wanted in zip(chosen, case.slots, positions, strict=True):
         assert torch.equal(slots, request[wanted])

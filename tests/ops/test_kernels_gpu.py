@@ -12,7 +12,7 @@ from torch import Tensor
 from hata_kernels.decode import hata_decode_step
 from hata_kernels.encode import hash_decode_step, hash_rows
 from hata_kernels.plan import plan_step
-from hata_kernels.reference import Budget
+from hata_kernels.reference import HAMMING, ONE_SIDED, Budget
 from hata_kernels.score import score_and_count
 from hata_kernels.workspace import DecodeWorkspace
 from ops.cases import (
@@ -52,6 +52,7 @@ class Shape(NamedTuple):
     head_dim: int
     bits: int
     dtype: torch.dtype = BF16
+    scoring: str = HAMMING
     index_dtype: torch.dtype = torch.int32
     padded: int = 0
 
@@ -74,6 +75,9 @@ SHAPES = {
     "b64-ragged-h8g4d128-128": Shape(ragged(64, 4096), Budget(tokens=128), 8, 4, 128, 128),
     "b64-ones-h2g7d64-128": Shape([1] * 64, SHARE, 2, 7, 64, 128, padded=1),
     "b5-whole-h2g5d64-256": Shape(ragged(5, 2500), Budget(tokens=2500), 2, 5, 64, 256),
+    "b2-65537-h8g4d128-128-one-sided": Shape([65_537, 3], SHARE, 8, 4, 128, 128, scoring=ONE_SIDED),
+    "b4-ragged-h2g7d64-256-one-sided": Shape(ragged(4, 12_289), SHARE, 2, 7, 64, 256, scoring=ONE_SIDED, padded=1),
+    "b64-ragged-h4g1d128-64-one-sided": Shape(ragged(64, 4096), SHARE, 4, 1, 128, 64, scoring=ONE_SIDED),
     "b3-2049-h2g16d128-256": Shape([2049, 2048, 2047], Budget(tokens=333), 2, 16, 128, 256),
 }
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hata_kernels.reference import (
+    ONE_SIDED,
     Budget,
     Costs,
     attend,
@@ -117,23 +118,56 @@ def test_bits_are_packed_least_significant_first(rows: list[list[bool]]) -> None
         assert unpacked == row
 
 
-@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.integers(1, 9), st.data())
-def test_distances_are_summed_hamming_distances(H: int, G: int, W: int, L: int, data: st.DataObject) -> None:
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31))
+def test_distances_are_summed_hamming_distances(H: int, G: int, L: int, seed: int) -> None:
     """But for what all keys of a group have in common, and a factor of 2 for even groups."""
-    word = st.lists(INT32, min_size=W, max_size=W)
-    queries = data.draw(st.lists(word, min_size=G * H, max_size=G * H))
-    keys = data.draw(st.lists(st.lists(word, min_size=H, max_size=H), min_size=L, max_size=L))
-    weights = query_weights(torch.tensor([queries], dtype=torch.int32), H)
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(1, H * G, 8, generator=generator)
+    projection = torch.randint(-128, 128, (H, 8, 64), generator=generator, dtype=torch.int8)
+    keys = torch.randint(-(2**31), 2**31, (L, H, 2), generator=generator).to(torch.int32)
+    queries = hash_codes(q, projection)[0].tolist()
+    weights = query_weights(q, projection)
     assert weights.abs().max() <= magnitudes(G)
-    found = distances(query_planes(weights, G)[0], torch.tensor(keys, dtype=torch.int32))
+    found = distances(query_planes(weights, magnitudes(G))[0], keys)
     for h in range(H):
         # What each bit costs the G queries together at the least, whichever value a key has there.
-        ones = [sum(query[w] >> i & 1 for query in queries[h * G : (h + 1) * G]) for w in range(W) for i in range(32)]
+        ones = [sum(query[w] >> i & 1 for query in queries[h * G : (h + 1) * G]) for w in range(2) for i in range(32)]
         shared = sum(min(n, G - n) for n in ones)
-        for position in range(L):
-            pairs = ((query[w], keys[position][h][w]) for query in queries[h * G : (h + 1) * G] for w in range(W))
+        for position, key in enumerate(keys.tolist()):
+            pairs = ((query[w], key[h][w]) for query in queries[h * G : (h + 1) * G] for w in range(2))
             hamming = sum(bin((a ^ b) & 0xFFFFFFFF).count("1") for a, b in pairs)
             assert found[h, position] * (1 if G % 2 else 2) + shared == hamming
+
+
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(0, 2**31))
+def test_one_sided_weights_are_rounded_sums_of_projections(H: int, G: int, seed: int) -> None:
+    """Against Python integers: one scale a group, sums, one more scale, sevenths of the largest."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(1, H * G, 6, generator=generator)
+    projection = torch.randint(-128, 128, (H, 6, 32), generator=generator, dtype=torch.int8)
+    weights = query_weights(q, projection, ONE_SIDED)[0].tolist()
+    for h in range(H):
+        rows = q[0, h * G : (h + 1) * G].tolist()
+        flat = integers_of([x for row in rows for x in row])
+        summed = [sum(flat[g * 6 + d] for g in range(G)) for d in range(6)]
+        row = integers_of([float(x) for x in summed])
+        exact = [sum(x * int(p) for x, p in zip(row, column, strict=True)) for column in projection[h].T.tolist()]
+        unit = max(abs(w) for w in exact) >> 8
+        for w, found in zip(exact, weights[h], strict=True):
+            steps = sum(abs(w) >= unit * step for step in (18, 55, 91, 128, 165, 201, 238))
+            assert found == (steps if w > 0 else -steps)
+
+
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(0, 2**31))
+def test_distances_are_sums_of_weights(H: int, L: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randint(-7, 8, (H, 64), generator=generator, dtype=torch.int32)
+    bits = torch.randint(0, 2, (L, H, 64), generator=generator)
+    found = distances(query_planes(weights, 7), pack_bits(bits > 0))
+    for h in range(H):
+        for position in range(L):
+            pays = ((int(w), int(bit)) for w, bit in zip(weights[h], bits[position, h], strict=True))
+            assert found[h, position] == sum(abs(w) for w, bit in pays if bit != (w > 0))
 
 
 @given(st.integers(1, 16), st.sampled_from([64, 128, 256]))

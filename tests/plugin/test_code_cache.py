@@ -12,6 +12,7 @@ from hata_kernels.reference import (
     bins_of,
     distances,
     hash_codes,
+    magnitudes,
     query_planes,
     query_weights,
     rank,
@@ -21,7 +22,7 @@ from hata_weights import artifact
 from hata_weights.rotation import random_rotation
 from sglang_hata import compat
 from sglang_hata.code_cache import CodeCache
-from sglang_hata.config import HataConfig, HataError
+from sglang_hata.config import SCORINGS, HataConfig, HataError
 from sglang_hata.projections import bits_of, check_identity, rank_kv_heads, rank_projections
 from sglang_hata.state import ServingState
 from sglang_hata.verify import wrong_selections
@@ -103,21 +104,30 @@ def test_tensor_parallel_ranks_hash_their_own_heads(total: int, size: int, heads
         assert torch.equal(w, torch.stack([random_rotation(2, head, 64, 128) for head in heads[index]]))
 
 
-@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 6), st.integers(0, 6), st.integers(0, 2**31))
-def test_the_oracle_accepts_right_selections_and_no_other(L: int, k: int, sink: int, recent: int, seed: int) -> None:
+@given(
+    st.sampled_from(SCORINGS),
+    st.integers(1, 40),
+    st.integers(1, 50),
+    st.integers(0, 6),
+    st.integers(0, 6),
+    st.integers(0, 2**31),
+)
+def test_the_oracle_accepts_right_selections_and_no_other(
+    scoring: str, L: int, k: int, sink: int, recent: int, seed: int
+) -> None:
     k = min(max(k, sink + max(recent, 1)), L)
     generator = torch.Generator().manual_seed(seed)
     projection = torch.stack([random_rotation(0, head, 64, 128) for head in range(2)])
     keys = torch.randn(60, 2, 64, generator=generator)
     codes = hash_codes(keys, projection)
-    query_codes = hash_codes(torch.randn(1, 6, 64, generator=generator), projection)
+    weights = query_weights(torch.randn(1, 6, 64, generator=generator), projection, scoring)
     slots = torch.randperm(60, generator=generator)[:L]
-    planes = query_planes(query_weights(query_codes, 2), 3)[0]
-    ranks = rank(distances(planes, codes[slots]), sink, recent, bins_of(3, 128))
+    bins = bins_of(3, 128, scoring)
+    ranks = rank(distances(query_planes(weights, magnitudes(3, scoring))[0], codes[slots]), sink, recent, bins)
     positions = select_positions(ranks, k)
 
     def wrong(selected: torch.Tensor) -> int:
-        return wrong_selections(query_codes, codes, [slots], [selected], [k], sink, recent)
+        return wrong_selections(weights, codes, [slots], [selected], [k], sink, recent, bins - 3)
 
     assert wrong(positions) == 0
     if k > 1:
