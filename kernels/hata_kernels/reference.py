@@ -238,19 +238,18 @@ def distances(planes: Tensor, key_codes: Tensor) -> Tensor:
 
 
 def bins_of(group: int, bits: int, scoring: str = HAMMING) -> int:
-    """How many different ranks there are: a power of two, 256 for codes of 128 bits and ONE_SIDED or groups of 4.
+    """How many different ranks there are: a power of two, 256 for codes of 128 bits, so that a rank is a byte.
 
-    ONE_SIDED keeps apart distances up to 2 * bits: a key that knows nothing of the query is at about 1.3 * bits.
+    Large groups, and one-sided weights, give distances beyond that, which count as equal. They are far from chosen: a
+    key that knows nothing of the queries pays for half of the bits, 0.4 * bits at 4 query heads, 1.6 * bits at 15.
     """
-    largest = 2 if scoring == ONE_SIDED else magnitudes(group)
-    return 1 << (largest * bits - 1).bit_length()
+    return min(2 * bits, 1 << (magnitudes(group, scoring) * bits - 1).bit_length())
 
 
 def rank(distance: Tensor, sink: int, recent: int, bins: int) -> Tensor:
     """Ranks to select by: 0 for tokens that are always kept, 1 + distance for all others, at most bins - 2.
 
-    The largest distances share the last rank; with HAMMING three of them, which take a key that disagrees with nearly
-    all queries in nearly all bits. So a rank is a byte in the usual case, with one value, bins - 1, for no token.
+    Rank bins - 1 is for no token.
 
     Args:
         distance: [H, L] int32.

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hata_kernels.reference import (
+    HAMMING,
     ONE_SIDED,
     Budget,
     Costs,
@@ -170,12 +171,26 @@ def test_distances_are_sums_of_weights(H: int, L: int, seed: int) -> None:
             assert found[h, position] == sum(abs(w) for w, bit in pays if bit != (w > 0))
 
 
-@given(st.integers(1, 16), st.sampled_from([64, 128, 256]))
-def test_ranks_have_room_for_every_distance_but_the_last_three(group: int, bits: int) -> None:
-    largest = magnitudes(group) * bits
-    ranks = rank(torch.arange(largest + 1).unsqueeze(0), 0, 0, bins_of(group, bits))[0]
-    assert ranks[:-1].tolist() == [min(1 + d, bins_of(group, bits) - 2) for d in range(largest)]
-    assert len(set(ranks[: largest - 2].tolist())) == largest - 2
+@given(st.integers(1, 16), st.sampled_from([64, 128, 256]), st.sampled_from([HAMMING, ONE_SIDED]))
+def test_ranks_keep_apart_all_distances_but_the_farthest(group: int, bits: int, scoring: str) -> None:
+    bins = bins_of(group, bits, scoring)
+    assert bins.bit_count() == 1
+    farthest = magnitudes(group, scoring) * bits
+    ranks = rank(torch.arange(farthest + 1).unsqueeze(0), 0, 0, bins)[0, :-1].tolist()
+    assert ranks == [min(1 + distance, bins - 2) for distance in range(farthest)]
+
+
+@pytest.mark.parametrize("group", range(1, 17))
+@pytest.mark.parametrize("scoring", [HAMMING, ONE_SIDED])
+def test_random_keys_are_not_among_the_farthest(group: int, scoring: str) -> None:
+    """Half of them at least are told apart, so a budget of up to half the context never meets the last rank."""
+    generator = torch.Generator().manual_seed(group)
+    q, keys = torch.randn(4, group, 64, generator=generator), torch.randn(500, 1, 64, generator=generator)
+    projection = torch.randint(-128, 128, (1, 64, 128), generator=generator, dtype=torch.int8)
+    codes = hash_codes(keys, projection)
+    for weights in query_weights(q, projection, scoring):
+        distance = distances(query_planes(weights, magnitudes(group, scoring)), codes)
+        assert distance.median() < bins_of(group, 128, scoring) - 3
 
 
 @given(
