@@ -22,8 +22,8 @@ from hata_kernels.reference import Budget
 from hata_kernels.workspace import MIN_CHUNK, PIECE, REQUEST, DecodeWorkspace
 
 PPM = tl.constexpr(1_000_000)
-# Pieces that a program of this kernel describes.
-BLOCK = 64
+# A program of this kernel describes as many pieces as make such a matrix with the requests, and at least the fewest.
+MATRIX, FEWEST = 1024, 16
 
 
 @triton.jit
@@ -150,7 +150,9 @@ def plan_step(seq_lens: Tensor, req_rows: Tensor, workspace: DecodeWorkspace, bu
         return
     costs, grid = budget.costs, workspace.grid
     n_shares, n_chunks = workspace.pieces(B)
-    plan_kernel[(triton.cdiv(max(n_shares, n_chunks), BLOCK),)](
+    BB = workspace.batch_block(B)
+    BI = max(FEWEST, MATRIX // BB)
+    plan_kernel[(triton.cdiv(max(n_shares, n_chunks), BI),)](
         seq_lens,
         req_rows,
         workspace.kept,
@@ -168,8 +170,8 @@ def plan_step(seq_lens: Tensor, req_rows: Tensor, workspace: DecodeWorkspace, bu
         costs.score if costs else 0,
         costs.fixed if costs else 0,
         H=workspace.kv_heads,
-        BB=workspace.batch_block(B),
-        BI=BLOCK,
+        BB=BB,
+        BI=BI,
         SHARES=grid.shares,
         SHARE_BLOCK=grid.share_block,
         MAX_SHARE=grid.max_share,
