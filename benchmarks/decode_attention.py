@@ -376,7 +376,9 @@ def draw(report: dict[str, Any]) -> None:
             axes.plot(contexts, [row["stages_us"][name] for row in rows], f"C{i + 1}--", linewidth=1, label=name)
         axes.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="one layer's attention (µs)")
         axes.set_title(f"{report['gpu']}: 32 query heads, 8 KV heads, head_dim 128, batch 1")
-        axes.legend()
+        axes.set_xticks(contexts, [f"{context // 1024}K" for context in contexts])
+        axes.set_xticks([], minor=True)
+        axes.figure.legend(loc="outside lower center", ncols=4, frameon=False)
 
 
 if __name__ == "__main__":
