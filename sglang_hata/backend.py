@@ -16,6 +16,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from hata_kernels.costs import measure_costs
 from hata_kernels.decode import hata_decode_step
+from hata_kernels.launch import INTERPRETED
 from hata_kernels.plan import plan_step
 from hata_kernels.reference import Budget, bins_of, hata_decode, query_weights
 from hata_kernels.workspace import DecodeWorkspace
@@ -97,7 +98,8 @@ class HataBackend(AttentionBackend):
         self.slot_table = runner.req_to_token_pool.req_to_token
         self.dense = compat.dense_backend(runner)
         self.layers = self.pool.layer_num
-        self.sparse: SparseDecoder = KernelDecoder(self, runner) if self.slot_table.is_cuda else SpecifiedDecoder(self)
+        kernels = self.slot_table.is_cuda or INTERPRETED.value
+        self.sparse: SparseDecoder = KernelDecoder(self, runner) if kernels else SpecifiedDecoder(self)
         self.budget = self.sparse.budget()
         self.state.costs = self.budget.costs
         self.step = Step([], [])
@@ -279,7 +281,8 @@ class SpecifiedDecoder:
 
 
 class KernelDecoder:
-    """The decode step by kernels, with no word between host and GPU from layer to layer.
+    """The decode step by kernels, with no word between host and GPU from layer to layer. Under Triton's interpreter
+    (TRITON_INTERPRET=1) also on a CPU, to see the kernels serve where there is no GPU.
 
     With CUDA graphs every buffer is as large as the largest captured batch and the longest context can make it, and
     stays where it is. Without them buffers grow with the batches that come.
@@ -298,7 +301,7 @@ class KernelDecoder:
     def budget(self) -> Budget:
         backend, codes = self.backend, self.backend.codes
         rule = backend.config.budget_rule()
-        if backend.config.min_context is not None:
+        if backend.config.min_context is not None or not backend.slot_table.is_cuda:
             return rule
         layers = list(codes.codes)
         costs = measure_costs(
