@@ -155,7 +155,6 @@ def hash_decode_step_kernel(
     PDL: tl.constexpr,
 ):
     """A tile holds BR requests of one KV head, BG rows each: the G queries, the new key, and nothing in the rest."""
-    wait_for_previous(PDL)
     i_m = tl.program_id(0)
     i_h = tl.program_id(1)
     i_w = tl.program_id(2)
@@ -166,6 +165,9 @@ def hash_decode_step_kernel(
     m_q = (o_request < batch) & (o_g < G)
     m_k = (o_request < batch) & (o_g == G)
     m_d = (o_d < D)[None, :]
+    o_bit = i_w * (BW * 32) + tl.arange(0, BW * 32)
+    b_p = tl.load(projection + (i_h * D + o_d)[:, None] * BITS + o_bit[None, :], mask=(o_d < D)[:, None], other=0)
+    wait_for_previous(PDL)
     p_q = q + o_request * q_token_stride + (i_h * G + o_g).to(tl.int64) * q_head_stride
     p_k = k + o_request * k_token_stride + i_h.to(tl.int64) * k_head_stride
     b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q[:, None] & m_d, other=0.0)
@@ -174,8 +176,6 @@ def hash_decode_step_kernel(
     if ONE_SIDED:
         b_x = group_in_every_row(b_x, G, BR, BG, BD)
     b_lo, b_hi = integer_planes(b_x)
-    o_bit = i_w * (BW * 32) + tl.arange(0, BW * 32)
-    b_p = tl.load(projection + (i_h * D + o_d)[:, None] * BITS + o_bit[None, :], mask=(o_d < D)[:, None], other=0)
     b_acc = tl.reshape(projected(b_lo, b_hi, b_p), [BR, BG, BW * 32])
     b_bit = (b_acc > 0).to(tl.int32)
 
@@ -360,5 +360,6 @@ def hash_decode_step(
         BW=BW,
         STORE_KV=store_kv,
         PDL=overlaps_launches(q.device),
+        launch_pdl=overlaps_launches(q.device),
         num_warps=8 if rows == MANY_ROWS and (BD == 256 or one_sided) else 4,
     )

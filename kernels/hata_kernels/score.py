@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hata_kernels.launch import INTERPRETED, check_tensor, overlaps_launches, popcount, wait_for_previous
-from hata_kernels.workspace import PIECE, DecodeWorkspace
+from hata_kernels.workspace import PIECE, SCORE_WARPS, DecodeWorkspace
 
-# How many loads of codes are on their way at a time.
-STAGES = 3
+# Consecutive tokens that a thread scores at a time: their ranks, a byte each, are one word.
+TOKENS = 4
 # Words between the counts of two heads beyond their own: equal ranks of neighbouring heads lie in different banks.
 SKEW = 4
 # Triton has no shared memory that a program can index. These four lines of PTX are such an array: its address, and
@@ -43,14 +43,37 @@ def shared_zero(address):
 
 @triton.jit
 def shared_add(address, b_x):
-    """Adds each element once if no thread holds another's copy: tiles of 128 elements and more, reduced over an axis
-    that lies within a thread. The tests count."""
+    """Adds each element once if no thread holds another's copy: tiles of an element for each thread and more, reduced
+    over axes that lie within a thread. The tests count."""
     tl.inline_asm_elementwise(ADD, "=r,r,r", [address, b_x], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def shared_load(address):
     return tl.inline_asm_elementwise(LOAD, "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def opaque(x):
+    """``x``, of which the compiler knows nothing: it then leaves a store's elements with the threads that have them."""
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def load_slots(p_slot, o_t, end):
+    return tl.load(p_slot + o_t, mask=o_t < end, other=0).to(tl.int64)
+
+
+@triton.jit
+def load_codes(code_cache, b_slot, o_word, m_c, H: tl.constexpr, HB: tl.constexpr, W: tl.constexpr):
+    p_code = code_cache + b_slot[:, :, None, None] * (H * W) + o_word
+    if H % HB == 0:
+        return tl.load(p_code)
+    else:
+        return tl.load(p_code, mask=m_c, other=0)
 
 
 @triton.jit(do_not_specialize=["sink", "recent"])
@@ -72,15 +95,16 @@ def score_kernel(
     W: tl.constexpr,
     WV: tl.constexpr,
     BT: tl.constexpr,
+    TOKENS: tl.constexpr,
     BINS: tl.constexpr,
     PIECE: tl.constexpr,
     SHARED: tl.constexpr,
     STRIDE: tl.constexpr,
-    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """WV words, 16 bytes where a code has as many, are loaded at once by a thread, which then holds all of them: the
-    sum over a code's words stays within a thread."""
+    """A tile is [V, TOKENS, groups of tokens, heads x WV words]. A thread has WV words of a head, 16 bytes where a code
+    has as many, loaded at once, of every token of a group: sums over a code, and the ranks of a group, stay within it,
+    so threads never wait for one another. Codes are loaded a tile ahead, and their slots two."""
     i_share = tl.program_id(0)
     i_hb = tl.program_id(1)
     i_b = tl.load(shares + i_share * PIECE).to(tl.int64)
@@ -92,10 +116,18 @@ def score_kernel(
     end = tl.load(shares + i_share * PIECE + 3)
     length = tl.load(shares + i_share * PIECE + 4)
 
+    # Of all that is read before the wait, only the newest token's code comes from the launch before. It may be an old
+    # one: that token is always kept.
+    p_slot = slot_table + i_row * table_stride
+    BG: tl.constexpr = BT // TOKENS
+    o_t = start + (tl.arange(0, BG) * TOKENS)[:, None] + tl.arange(0, TOKENS)[None, :]
     o_c = tl.arange(0, HB * WV)
     o_column = i_hb * HB + o_c // WV
-    m_c = o_column < H
-    o_word = o_column * W + o_c % WV
+    m_c = (o_column < H)[None, None, None, :]
+    o_word = (tl.arange(0, W // WV) * WV)[None, None, :, None] + (o_column * W + o_c % WV)[None, None, None, :]
+    b_code = load_codes(code_cache, load_slots(p_slot, o_t, end), o_word, m_c, H, HB, W)
+    b_slot = load_slots(p_slot, o_t + BT, end)
+
     o_h = i_hb * HB + tl.arange(0, HB)
     m_h = o_h < H
     o_bin = tl.arange(0, BINS)
@@ -108,35 +140,39 @@ def score_kernel(
         tl.debug_barrier()
 
     wait_for_previous(PDL)
-    p_slot = slot_table + i_row * table_stride
-    p_plane = planes + i_b * (H * (1 + P) * W) + o_column * ((1 + P) * W) + o_c % WV
-    p_rank = ranks + (i_b * H + o_h) * rank_stride
-    for i_t in tl.range(start, end, BT, num_stages=STAGES):
-        o_t = i_t + tl.arange(0, BT)
-        m_t = o_t < end
-        b_slot = tl.load(p_slot + o_t, mask=m_t, other=0).to(tl.int64)
-        b_distance = tl.zeros([BT, HB], tl.int32)
-        for i_v in tl.static_range(W // WV):
-            p_code = code_cache + b_slot[:, None] * (H * W) + (o_word + i_v * WV)[None, :]
-            b_code = tl.load(p_code, mask=m_t[:, None] & m_c[None, :], other=0)
-            b_differs = b_code ^ tl.load(p_plane + i_v * WV, mask=m_c, other=0)[None, :]
-            b_bits = tl.zeros([BT, HB * WV], tl.int32)
-            for i_p in tl.static_range(P):
-                b_plane = tl.load(p_plane + (1 + i_p) * W + i_v * WV, mask=m_c, other=0)
-                b_bits += popcount(b_differs & b_plane[None, :]) << i_p
-            b_distance += tl.sum(tl.reshape(b_bits, [BT, HB, WV]), axis=2)
+    p_plane = planes + i_b * (H * (1 + P) * W) + (o_word + (o_column * (P * W))[None, None, None, :])
+    b_sign = tl.load(p_plane, mask=m_c, other=0)
+    b_planes = ()
+    for i_p in tl.static_range(P):
+        b_planes += (tl.load(p_plane + (1 + i_p) * W, mask=m_c, other=0),)
+    # Ranks are stored as words, of four bytes or two int16.
+    RANKS: tl.constexpr = 4 if BINS <= 256 else 2
+    WORDS: tl.constexpr = TOKENS // RANKS
+    o_shift = tl.arange(0, RANKS) * (32 // RANKS)
+    p_rank = ranks + (i_b * H + o_h)[:, None, None] * (rank_stride // RANKS)
+    p_rank += opaque(tl.arange(0, BG) * WORDS)[None, :, None] + tl.arange(0, WORDS)[None, None, :]
+    for i_t in tl.range(start, end, BT, num_stages=1):
+        b_next = load_codes(code_cache, b_slot, o_word, m_c, H, HB, W)
+        b_slot = load_slots(p_slot, o_t + 2 * BT, end)
+        b_differs = b_code ^ b_sign
+        b_bits = popcount(b_differs & b_planes[0])
+        for i_p in tl.static_range(1, P):
+            b_bits += popcount(b_differs & b_planes[i_p]) << i_p
+        b_bits = tl.sum(b_bits, axis=2)
+        b_distance = tl.sum(tl.reshape(b_bits, [BG, TOKENS, HB, WV]), axis=3)
         m_kept = (o_t < sink) | (o_t >= length - recent)
-        b_rank = tl.where(m_kept[:, None], 0, tl.minimum(b_distance + 1, BINS - 2))
-        # Whole blocks, so that stores are wide: beyond a request's last token goes the rank of no token.
-        p_out = p_rank[None, :] + o_t[:, None]
-        b_stored = tl.where(m_t[:, None], b_rank, BINS - 1).to(ranks.dtype.element_ty)
-        tl.store(p_out, b_stored, mask=m_h[None, :] & (o_t >= 0)[:, None])
-        m = m_t[:, None] & m_h[None, :]
+        b_rank = tl.where(m_kept[:, :, None], 0, tl.minimum(b_distance + 1, BINS - 2))
+        # Tiles are stored whole: beyond a request's last token goes the rank of no token.
+        b_rank = tl.where((o_t < end)[:, :, None], b_rank, BINS - 1)
+        b_word = tl.sum(tl.reshape(b_rank, [BG, WORDS, RANKS, HB]) << o_shift[None, None, :, None], axis=2)
+        tl.store(p_rank + i_t // RANKS, tl.permute(b_word, [2, 0, 1]), mask=m_h[:, None, None])
         if INTERPRETED:
-            b_one = (b_rank[:, :, None] == o_bin[None, None, :]) & m[:, :, None]
-            b_count += tl.sum(b_one.to(tl.int32), axis=0)
+            b_one = b_rank[:, :, :, None] == o_bin[None, None, None, :]
+            b_count += tl.sum(tl.sum(b_one.to(tl.int32), axis=0), axis=0)
         else:
-            shared_add(p_shared + (tl.arange(0, HB)[None, :] * STRIDE + b_rank) * 4, m.to(tl.int32))
+            shared_add(p_shared + (tl.arange(0, HB)[None, None, :] * STRIDE + b_rank) * 4, b_rank * 0 + 1)
+        b_code = b_next
+        o_t += BT
 
     if not INTERPRETED:
         tl.debug_barrier()
@@ -183,7 +219,7 @@ def score_and_count(
         code_cache,
         slot_table,
         workspace.shares,
-        workspace.ranks,
+        workspace.ranks.view(torch.int32),
         workspace.histogram,
         workspace.share_counts,
         slot_table.stride(0),
@@ -196,12 +232,12 @@ def score_and_count(
         W=W,
         WV=min(W, 4),
         BT=grid.share_block,
+        TOKENS=TOKENS,
         BINS=bins,
         PIECE=PIECE,
         SHARED=ARRAY.format(HB * (bins + SKEW)),
         STRIDE=bins + SKEW,
-        STAGES=STAGES,
         PDL=overlaps_launches(device),
         launch_pdl=overlaps_launches(device),
-        num_warps=4,
+        num_warps=SCORE_WARPS,
     )

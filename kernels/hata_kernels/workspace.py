@@ -21,8 +21,9 @@ MAX_SHARE = 2**15 - 1
 MIN_CHUNK = 64
 # Programs of each kernel for every multiprocessor: enough that loads of some cover the arithmetic of others.
 SCORE_PROGRAMS, ATTEND_PROGRAMS = 3, 2
-# Code words that a score program holds at a time: 32 registers for each of 128 threads.
-TILE_WORDS = 4096
+# Warps of a score program, and code words that it holds at a time: 16 registers for each thread.
+SCORE_WARPS = 8
+TILE_WORDS = SCORE_WARPS * 32 * 16
 # Bytes of shared memory for the score kernel's histogram. With what Triton takes for tiles it must stay below 48 KiB,
 # the most that a launch gets unasked: Triton asks for what it takes itself, and knows nothing of this.
 HISTOGRAM_BYTES = 8 * 1024
@@ -53,7 +54,7 @@ class Grid:
         n = multiprocessors(device)
         heads = triton.next_power_of_2(kv_heads)
         head_block = min(heads, HISTOGRAM_BYTES // (4 * bins))
-        share_block = max(16, TILE_WORDS // (head_block * words))
+        share_block = max(16, TILE_WORDS // (head_block * min(words, 4)))
         shares = SCORE_PROGRAMS * n
         return cls(
             shares=shares,
