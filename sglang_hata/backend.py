@@ -2,7 +2,7 @@
 
 SGLang runs prefill on a dense backend of its own and hands every decode step to `HataBackend`. A step looks at the
 context lengths once, then each layer hashes its queries, picks slots by Hamming distance and attends to those. The
-first layers, and batches of short contexts, go to a dense backend.
+first layers, and requests for which selection would not pay, attend to everything.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
+from hata_kernels.attend import attend
 from hata_kernels.costs import measure_costs
 from hata_kernels.decode import hata_decode_step
 from hata_kernels.launch import INTERPRETED
@@ -35,8 +36,8 @@ logger = logging.getLogger(__name__)
 SHORTEST_ROOM = 1024  # tokens that the first eager buffers hold, a multiple of every alignment in them
 
 
-class SparseDecoder(Protocol):
-    """How a layer's sparse decode is computed: by the specification on a CPU, by kernels on a GPU."""
+class Decoder(Protocol):
+    """How a layer's decode is computed: by the specification on a CPU, by kernels on a GPU."""
 
     def budget(self) -> Budget:
         """Once, at start: the rule of how many tokens to attend to."""
@@ -50,8 +51,14 @@ class SparseDecoder(Protocol):
         """Once a step, before its first layer, on the device: how many tokens each request attends to."""
         ...
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, batch: ForwardBatch) -> Tensor:
-        """Stores k and v with their codes, then attends: q [B, Hq, D] -> [B, Hq, Dv]."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, batch: ForwardBatch, sparse: bool
+    ) -> Tensor:
+        """Stores k and v, and codes where the layer has some, then attends: [B, Hq * D] -> [B, Hq * Dv].
+
+        Args:
+            sparse: attend to the selected tokens, not to all.
+        """
         ...
 
 
@@ -96,11 +103,10 @@ class HataBackend(AttentionBackend):
         self.state = self.pool.state
         self.config = self.state.config
         self.slot_table = runner.req_to_token_pool.req_to_token
-        self.dense = compat.dense_backend(runner)
         self.layers = self.pool.layer_num
         kernels = self.slot_table.is_cuda or INTERPRETED.value
-        self.sparse: SparseDecoder = KernelDecoder(self, runner) if kernels else SpecifiedDecoder(self)
-        self.budget = self.sparse.budget()
+        self.decoder: Decoder = KernelDecoder(self, runner) if kernels else SpecifiedDecoder(self, runner)
+        self.budget = self.decoder.budget()
         self.state.costs = self.budget.costs
         self.step = Step([], [])
         self.checked = False
@@ -131,34 +137,28 @@ class HataBackend(AttentionBackend):
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Without CUDA graphs."""
-        self.dense.init_forward_metadata(forward_batch)
         if forward_batch.forward_mode.is_decode():
             self._plan(forward_batch)
-            if self.selects:
-                self.sparse.plan(forward_batch)
+            self.decoder.plan(forward_batch)
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         """Before a CUDA graph is captured, and before each replay."""
-        self.dense.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
         if forward_batch.forward_mode.is_decode():
             self._plan(forward_batch, in_capture, in_graph=True)
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         """On the device, inside the graph if there is one."""
-        self.dense.init_forward_metadata_in_graph(forward_batch)
         if forward_batch.forward_mode.is_decode():
-            self.sparse.plan(forward_batch)
+            self.decoder.plan(forward_batch)
 
     def _plan(self, batch: ForwardBatch, captured: bool = False, in_graph: bool = False) -> None:
         lengths = batch.seq_lens_cpu[: batch.batch_size].tolist()
         self.step = Step(lengths, self.budget.plan(torch.tensor(lengths)).tolist(), captured)
-        selects = self.selects or in_graph
-        if selects:
-            self.sparse.prepare(self.step, in_graph)
+        self.decoder.prepare(self.step, in_graph)
         if not captured:
             if not self.checked:
                 self._check_codes(batch)
-            self._count(selects)
+            self._count(self.selects or in_graph)
 
     def _check_codes(self, batch: ForwardBatch) -> None:
         """At the first decode step of a real request: have its keys come with their codes?"""
@@ -182,19 +182,15 @@ class HataBackend(AttentionBackend):
             self.layers - len(self.codes.codes),
             self.codes.kv_heads,
         )
-        if selects and isinstance(self.sparse, KernelDecoder):
+        if selects and isinstance(self.decoder, KernelDecoder):
             self.codes.tokens_hashed += len(rows)  # its kernels write codes without passing by the code cache
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        self.dense.init_cuda_graph_state(max_bs, max_num_tokens)
-        assert isinstance(self.sparse, KernelDecoder)
-        self.sparse.reserve_for_graphs(max_bs)
+        assert isinstance(self.decoder, KernelDecoder)
+        self.decoder.reserve_for_graphs(max_bs)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
-
-    def on_after_cuda_graph_warmup(self) -> None:
-        self.dense.on_after_cuda_graph_warmup()
 
     # --- Once a layer --------------------------------------------------------------------------------------------
 
@@ -208,15 +204,12 @@ class HataBackend(AttentionBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> Tensor:
-        if layer.layer_id not in self.codes.codes or not self.selects:
-            return self.dense.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         if not save_kv_cache or layer.is_cross_attention or layer.logit_cap:
             raise NotImplementedError(
                 f"HATA cannot serve layer {layer.layer_id}: it needs plain decoder attention that caches its keys."
             )
-        q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        out = self.sparse.decode(q, k, v, layer, forward_batch)
-        return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+        sparse = layer.layer_id in self.codes.codes and self.selects
+        return self.decoder.attend(q, k, v, layer, forward_batch, sparse)
 
     def slots_of(self, batch: ForwardBatch) -> list[Tensor]:
         """The slots of each request's cached tokens, in order of position."""
@@ -238,14 +231,16 @@ class HataBackend(AttentionBackend):
         raise NotImplementedError("HATA decodes; prefill runs on the dense backend.")
 
     def support_triton(self) -> bool:
-        return self.dense.support_triton()
+        return self.slot_table.is_cuda
 
 
 class SpecifiedDecoder:
-    """The decode step by its specification, in PyTorch: how a machine without a GPU serves."""
+    """The decode step by its specification, in PyTorch: how a machine without a GPU serves. What attends to everything
+    goes to SGLang's own backend."""
 
-    def __init__(self, backend: HataBackend) -> None:
+    def __init__(self, backend: HataBackend, runner: Any) -> None:
         self.backend = backend
+        self.dense = compat.dense_backend(runner)
 
     def budget(self) -> Budget:
         """Without costs: nobody serves in earnest on a CPU."""
@@ -256,9 +251,15 @@ class SpecifiedDecoder:
 
     def plan(self, batch: ForwardBatch) -> None:
         """The host is the device."""
+        self.dense.init_forward_metadata(batch)
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, batch: ForwardBatch) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, batch: ForwardBatch, sparse: bool
+    ) -> Tensor:
+        if not sparse:
+            return self.dense.forward_decode(q, k, v, layer, batch)
         backend, config, codes = self.backend, self.backend.config, self.backend.codes
+        q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         backend.pool.set_kv_buffer(layer, batch.out_cache_loc, k, v)
         slots = backend.slots_of(batch)
         projection = codes.projections[layer.layer_id]
@@ -277,7 +278,7 @@ class SpecifiedDecoder:
         )
         if config.verify:
             backend.check_selections(layer.layer_id, q, slots, selected)
-        return out
+        return out.flatten(1)
 
 
 class KernelDecoder:
@@ -331,13 +332,22 @@ class KernelDecoder:
         B = batch.batch_size
         plan_step(batch.seq_lens[:B], batch.req_pool_indices[:B], self.room, self.backend.budget)
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, batch: ForwardBatch) -> Tensor:
-        backend, config, codes = self.backend, self.backend.config, self.backend.codes
-        pool, slots = backend.pool, batch.out_cache_loc
-        k = k.view(-1, codes.kv_heads, codes.head_dim)
-        v = v.view(-1, codes.kv_heads, layer.v_head_dim)
-        k_pool = pool.get_key_buffer(layer.layer_id)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, batch: ForwardBatch, sparse: bool
+    ) -> Tensor:
+        backend, pool, slots = self.backend, self.backend.pool, batch.out_cache_loc
+        q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
+        v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
+        k_pool, v_pool = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
         quantised = k_pool.dtype != k.dtype
+        k_scale = (layer.k_scale_float or 1.0) if quantised else 1.0
+        v_scale = (layer.v_scale_float or 1.0) if quantised else 1.0
+        if not sparse:
+            pool.set_kv_buffer(layer, slots, k, v, layer.k_scale, layer.v_scale)
+            pools = k_pool, v_pool, backend.slot_table
+            room, scale = self.room, layer.scaling
+            return attend(q, *pools, room, scale, everything=True, k_scale=k_scale, v_scale=v_scale).flatten(1)
         if quantised:
             pool.set_kv_without_codes(layer, slots, k, v)
         out = hata_decode_step(
@@ -345,22 +355,22 @@ class KernelDecoder:
             k,
             v,
             k_pool,
-            pool.get_value_buffer(layer.layer_id),
-            codes.codes[layer.layer_id],
-            codes.projections[layer.layer_id],
+            v_pool,
+            backend.codes.codes[layer.layer_id],
+            backend.codes.projections[layer.layer_id],
             backend.slot_table,
             slots,
             self.room,
-            sink=config.sink,
-            recent=config.recent,
+            sink=backend.config.sink,
+            recent=backend.config.recent,
             scale=layer.scaling,
             store_kv=not quantised,
-            k_scale=(layer.k_scale_float or 1.0) if quantised else 1.0,
-            v_scale=(layer.v_scale_float or 1.0) if quantised else 1.0,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
-        if config.verify:
+        if backend.config.verify:
             self._verify(q, layer.layer_id, batch)
-        return out
+        return out.flatten(1)
 
     def _eager_for(self, step: Step) -> DecodeWorkspace:
         batch, longest = len(step.lengths), max(step.lengths)

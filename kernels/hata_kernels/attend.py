@@ -20,8 +20,8 @@ from hata_kernels.workspace import PIECE, DecodeWorkspace
 BLOCK, STAGES = 64, 3
 # Query rows of a tile: the fewest that tensor cores take.
 MIN_ROWS = 16
-# Chunks whose partial outputs are loaded at a time.
-MERGE_CHUNKS = 8
+# Chunks whose partial outputs, and whose softmax sums, are loaded at a time.
+MERGE_CHUNKS, MERGE_SUMS = 8, 32
 LOG2_E = 1.4426950408889634
 
 
@@ -53,6 +53,7 @@ def attend_kernel(
     BM: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
+    BL: tl.constexpr,
     PIECE: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
@@ -116,26 +117,29 @@ def attend_kernel(
     tl.debug_barrier()
     tl.store(arrivals + i_row, 0)
 
-    # One thread has a few elements of all chunks; BC independent loads are on their way at a time.
+    # One thread has a few elements of all chunks. Nothing that it loads waits for what it computes: BC independent
+    # loads are on their way at a time.
     o_x = tl.arange(0, BG * BDV)
     o_g = o_x // BDV
     o_dv = o_x % BDV
     m_x = (o_g < G) & (o_dv < DV)
-    b_most = tl.full([BG * BDV], float("-inf"), tl.float32)
+    o_l = tl.arange(0, BL)
+    o_row = tl.arange(0, BG)
+    b_most = tl.full([BG], float("-inf"), tl.float32)
+    for i_c in range(0, n_chunks, BL):
+        m_l = (i_c + o_l < n_chunks)[None, :] & (o_row < G)[:, None]
+        p_lse = partial_lse + (i_slot + i_c + o_l)[None, :] * G + o_row[:, None]
+        b_most = tl.maximum(b_most, tl.max(tl.load(p_lse, mask=m_l, other=-1e30), axis=1))
+    b_most = tl.reshape(tl.broadcast_to(b_most[:, None], [BG, BDV]), [BG * BDV])
     b_total = tl.zeros([BG * BDV], tl.float32)
     b_out = tl.zeros([BG * BDV], tl.float32)
     for i_c in range(0, n_chunks, BC):
         for i_unrolled in tl.static_range(BC):
-            m_c = m_x & (i_c + i_unrolled < n_chunks)
-            o_row = (i_slot + i_c + i_unrolled) * G + o_g
-            b_lse = tl.load(partial_lse + o_row, mask=m_c, other=-1e30)
-            b_part = tl.load(partial + o_row * DV + o_dv, mask=m_c, other=0.0)
-            b_new_most = tl.maximum(b_most, b_lse)
-            b_rescale = tl.exp2(b_most - b_new_most)
-            b_weight = tl.exp2(b_lse - b_new_most)
-            b_total = b_total * b_rescale + b_weight
-            b_out = b_out * b_rescale + b_weight * b_part
-            b_most = b_new_most
+            m_c = i_c + i_unrolled < n_chunks
+            o_chunk = (i_slot + i_c + i_unrolled) * G + o_g
+            b_weight = tl.exp2(tl.load(partial_lse + o_chunk, mask=m_c & (o_g < G), other=-1e30) - b_most)
+            b_total += b_weight
+            b_out += b_weight * tl.load(partial + o_chunk * DV + o_dv, mask=m_c & m_x, other=0.0)
     p_out = out + (i_row * G + o_g) * DV + o_dv
     tl.store(p_out, (b_out / b_total).to(out.dtype.element_ty), mask=m_x)
 
@@ -149,6 +153,7 @@ def attend(
     scale: float,
     out: Tensor | None = None,
     *,
+    everything: bool = False,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> Tensor:
@@ -161,6 +166,7 @@ def attend(
         workspace: planned for B requests, with the selected tokens in ``slots``.
         scale: multiplies q . k, usually D ** -0.5.
         out: [B, Hq, Dv], contiguous; allocated when None.
+        everything: attend to all tokens of all requests.
         k_scale, v_scale: what fp8 keys and values are multiplied by.
 
     Returns:
@@ -190,7 +196,7 @@ def attend(
         out,
         workspace.slots,
         slot_table,
-        workspace.chunks,
+        workspace.all_chunks if everything else workspace.chunks,
         workspace.partial,
         workspace.partial_lse,
         workspace.arrivals,
@@ -210,6 +216,7 @@ def attend(
         BM=max(MIN_ROWS, BG),
         BT=BLOCK,
         BC=MERGE_CHUNKS,
+        BL=MERGE_SUMS,
         PIECE=PIECE,
         STAGES=STAGES,
         PDL=overlaps_launches(device),

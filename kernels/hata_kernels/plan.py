@@ -8,6 +8,8 @@ multiprocessors as busy as a batch of equals.
     share   consecutive tokens of one request, scored by one program, compacted by one for each KV head
     chunk   selected tokens of one request, attended to by one program for each KV head
 
+Chunks are cut twice: of the selected tokens, and of all tokens, for the layers that attend to everything.
+
 A piece of work is a row of eight numbers, so that a program knows all about it after one load. The first number is the
 request, or -1: no work, and nothing between its start and its end.
 """
@@ -24,6 +26,9 @@ from hata_kernels.workspace import MIN_CHUNK, PIECE, REQUEST, DecodeWorkspace
 PPM = tl.constexpr(1_000_000)
 # A program of this kernel describes as many pieces as make such a matrix with the requests, and at least the fewest.
 MATRIX, FEWEST = 1024, 16
+# Tokens of a share, in blocks, and of a chunk, that are enough for one program. Only where there are more is the work
+# cut into twice as many pieces: each costs the launches after it some time.
+FULL_SHARE_BLOCKS, FULL_CHUNK = 8, 1024
 
 
 @triton.jit
@@ -43,6 +48,24 @@ def of_request(m_one, b_x):
     return tl.sum(tl.where(m_one, b_x[None, :], 0), axis=1)
 
 
+@triton.jit
+def evenly(tokens, pieces, block):
+    """Tokens of each of ``pieces`` pieces, a multiple of ``block``."""
+    return tl.maximum(tl.cdiv(tl.cdiv(tokens, tl.maximum(pieces, 1)), block), 1) * block
+
+
+@triton.jit
+def pieces_of(b_tokens, heads, programs, full, block, most):
+    """How many pieces each request is cut into, of at most ``most`` tokens.
+
+    Pieces times heads make about ``programs``; half as many as long as a piece then has no more than ``full`` tokens. A
+    request has as many as its part of all tokens is worth, rounded down: one too many would start a second wave."""
+    total = tl.sum(b_tokens, axis=0) * heads
+    wanted = tl.maximum(tl.cdiv(total, programs), tl.minimum(tl.cdiv(total, (programs + 1) // 2), full))
+    b_pieces = tl.maximum(b_tokens // tl.maximum(wanted, 1), tl.cdiv(b_tokens, most))
+    return tl.cdiv(b_tokens, evenly(b_tokens, b_pieces, block)).to(tl.int32)
+
+
 SETTINGS = ("tokens", "share_ppm", "floor", "min_context", "attend", "score", "fixed")
 
 
@@ -54,6 +77,7 @@ def plan_kernel(
     requests,
     shares,
     chunks,
+    all_chunks,
     batch,
     n_shares,
     n_chunks,
@@ -68,9 +92,11 @@ def plan_kernel(
     BB: tl.constexpr,
     BI: tl.constexpr,
     SHARES: tl.constexpr,
+    FULL_SHARE: tl.constexpr,
     SHARE_BLOCK: tl.constexpr,
     MAX_SHARE: tl.constexpr,
     CHUNKS: tl.constexpr,
+    FULL_CHUNK: tl.constexpr,
     CHUNK_BLOCK: tl.constexpr,
     PIECE: tl.constexpr,
     REQUEST: tl.constexpr,
@@ -88,40 +114,44 @@ def plan_kernel(
         b_kept = tl.where((b_saved > 0) & (tl.sum(b_saved, axis=0) > fixed), b_kept, b_length)
     b_selects = b_kept < b_length
     b_scored = tl.where(b_selects, b_length, 0)
-    share = tl.cdiv(tl.sum(b_scored, axis=0), tl.maximum(SHARES - batch, SHARES // 4 + 1))
-    share = tl.minimum(tl.maximum(tl.cdiv(share, SHARE_BLOCK), 1) * SHARE_BLOCK, MAX_SHARE).to(tl.int32)
-    chunk = tl.cdiv(tl.sum(b_kept, axis=0) * H, CHUNKS)
-    chunk = (tl.maximum(tl.cdiv(chunk, CHUNK_BLOCK), 1) * CHUNK_BLOCK).to(tl.int32)
-    b_length, b_kept, b_scored = b_length.to(tl.int32), b_kept.to(tl.int32), b_scored.to(tl.int32)
-    b_shares = tl.cdiv(b_scored, share)
-    b_last = tl.cumsum(b_shares, axis=0)
-    if tl.program_id(0) == 0:
-        tl.store(kept + o_b, b_kept, mask=m_b)
-        tl.store(requests + o_b * REQUEST, b_kept, mask=m_b)
-        tl.store(requests + o_b * REQUEST + 1, b_last - b_shares, mask=m_b)
+
+    # One of the three lists: shares, chunks, or chunks of all tokens.
+    i_list = tl.program_id(1)
+    b_tokens = tl.where(i_list == 0, b_scored, tl.where(i_list == 1, b_kept, b_length))
+    heads = tl.where(i_list == 0, 1, H)
+    programs = tl.where(i_list == 0, SHARES, CHUNKS)
+    full = tl.where(i_list == 0, FULL_SHARE, FULL_CHUNK)
+    block = tl.where(i_list == 0, SHARE_BLOCK, CHUNK_BLOCK)
+    b_pieces = pieces_of(b_tokens, heads, programs, full, block, tl.where(i_list == 0, MAX_SHARE, 1 << 30))
+    if (i_list == 0) & (tl.program_id(0) == 0):
+        b_last = tl.cumsum(b_pieces, axis=0)
+        tl.store(kept + o_b, b_kept.to(tl.int32), mask=m_b)
+        tl.store(requests + o_b * REQUEST, b_kept.to(tl.int32), mask=m_b)
+        tl.store(requests + o_b * REQUEST + 1, b_last - b_pieces, mask=m_b)
         tl.store(requests + o_b * REQUEST + 2, b_last, mask=m_b)
 
     o_item = tl.program_id(0) * BI + tl.arange(0, BI)
-    b_request, b_number, _, m_one = piece_of(o_item, b_shares, o_b)
-    b_end = of_request(m_one, b_length)
-    p_share, m_share = shares + o_item * PIECE, o_item < n_shares
-    tl.store(p_share, b_request, mask=m_share)
-    tl.store(p_share + 1, of_request(m_one, b_row), mask=m_share)
-    tl.store(p_share + 2, b_number * share, mask=m_share)
-    tl.store(p_share + 3, tl.minimum((b_number + 1) * share, b_end), mask=m_share)
-    tl.store(p_share + 4, b_end, mask=m_share)
-
-    b_chunks = tl.cdiv(b_kept, chunk)
-    b_request, b_number, b_first, m_one = piece_of(o_item, b_chunks, o_b)
-    p_chunk, m_chunk = chunks + o_item * PIECE, o_item < n_chunks
-    tl.store(p_chunk, b_request, mask=m_chunk)
-    tl.store(p_chunk + 1, of_request(m_one, b_row), mask=m_chunk)
-    tl.store(p_chunk + 2, b_number * chunk, mask=m_chunk)
-    tl.store(p_chunk + 3, tl.minimum((b_number + 1) * chunk, of_request(m_one, b_kept)), mask=m_chunk)
-    tl.store(p_chunk + 4, of_request(m_one, b_selects.to(tl.int32)), mask=m_chunk)
-    tl.store(p_chunk + 5, b_first, mask=m_chunk)
-    tl.store(p_chunk + 6, b_number, mask=m_chunk)
-    tl.store(p_chunk + 7, of_request(m_one, b_chunks), mask=m_chunk)
+    b_request, b_number, b_first, m_one = piece_of(o_item, b_pieces, o_b)
+    b_tokens = of_request(m_one, b_tokens.to(tl.int32))
+    b_pieces = of_request(m_one, b_pieces)
+    b_size = evenly(b_tokens, b_pieces, block)
+    b_selects = of_request(m_one, (b_selects & (i_list == 1)).to(tl.int32))
+    if i_list == 0:
+        p_piece = shares
+    elif i_list == 1:
+        p_piece = chunks
+    else:
+        p_piece = all_chunks
+    p_piece += o_item * PIECE
+    m_item = o_item < tl.where(i_list == 0, n_shares, n_chunks)
+    tl.store(p_piece, b_request, mask=m_item)
+    tl.store(p_piece + 1, of_request(m_one, b_row), mask=m_item)
+    tl.store(p_piece + 2, b_number * b_size, mask=m_item)
+    tl.store(p_piece + 3, tl.minimum((b_number + 1) * b_size, b_tokens), mask=m_item)
+    tl.store(p_piece + 4, tl.where(i_list == 0, b_tokens, b_selects), mask=m_item)
+    tl.store(p_piece + 5, b_first, mask=m_item)
+    tl.store(p_piece + 6, b_number, mask=m_item)
+    tl.store(p_piece + 7, b_pieces, mask=m_item)
 
 
 def plan_step(seq_lens: Tensor, req_rows: Tensor, workspace: DecodeWorkspace, budget: Budget) -> None:
@@ -131,7 +161,7 @@ def plan_step(seq_lens: Tensor, req_rows: Tensor, workspace: DecodeWorkspace, bu
         seq_lens: [B] int32 or int64: cached tokens of each request, the current one included; at least 1, at most
             the workspace's max_context. 1 for a padded row.
         req_rows: [B] int32 or int64: the row of the slot table of each request.
-        workspace: gets ``kept``, ``requests``, ``shares`` and ``chunks``.
+        workspace: gets ``kept``, ``requests``, ``shares``, ``chunks`` and ``all_chunks``.
 
     Raises:
         ValueError: on a batch or a budget that the workspace has no room for.
@@ -152,13 +182,14 @@ def plan_step(seq_lens: Tensor, req_rows: Tensor, workspace: DecodeWorkspace, bu
     n_shares, n_chunks = workspace.pieces(B)
     BB = workspace.batch_block(B)
     BI = max(FEWEST, MATRIX // BB)
-    plan_kernel[(triton.cdiv(max(n_shares, n_chunks), BI),)](
+    plan_kernel[(triton.cdiv(max(n_shares, n_chunks), BI), 3)](
         seq_lens,
         req_rows,
         workspace.kept,
         workspace.requests,
         workspace.shares,
         workspace.chunks,
+        workspace.all_chunks,
         B,
         n_shares,
         n_chunks,
@@ -173,9 +204,11 @@ def plan_step(seq_lens: Tensor, req_rows: Tensor, workspace: DecodeWorkspace, bu
         BB=BB,
         BI=BI,
         SHARES=grid.shares,
+        FULL_SHARE=FULL_SHARE_BLOCKS * grid.share_block,
         SHARE_BLOCK=grid.share_block,
         MAX_SHARE=grid.max_share,
         CHUNKS=grid.chunks,
+        FULL_CHUNK=FULL_CHUNK,
         CHUNK_BLOCK=MIN_CHUNK,
         PIECE=PIECE,
         REQUEST=REQUEST,

@@ -142,7 +142,7 @@ def score_kernel(
     wait_for_previous(PDL)
     p_plane = planes + i_b * (H * (1 + P) * W) + (o_word + (o_column * (P * W))[None, None, None, :])
     b_sign = tl.load(p_plane, mask=m_c, other=0)
-    b_planes = ()
+    b_planes = ()  # type: tuple
     for i_p in tl.static_range(P):
         b_planes += (tl.load(p_plane + (1 + i_p) * W, mask=m_c, other=0),)
     # Ranks are stored as words, of four bytes or two int16.

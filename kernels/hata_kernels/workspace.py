@@ -19,8 +19,9 @@ PIECE, REQUEST = 8, 4
 MAX_SHARE = 2**15 - 1
 # Selected tokens in the smallest piece of work of the attention kernel.
 MIN_CHUNK = 64
-# Programs of each kernel for every multiprocessor: enough that loads of some cover the arithmetic of others.
-SCORE_PROGRAMS, ATTEND_PROGRAMS = 3, 2
+# The most programs of each kernel for every multiprocessor, as many as it has room for: loads of some cover the
+# arithmetic of others.
+SCORE_PROGRAMS, ATTEND_PROGRAMS = 4, 4
 # Warps of a score program, and code words that it holds at a time: 16 registers for each thread.
 SCORE_WARPS = 8
 TILE_WORDS = SCORE_WARPS * 32 * 16
@@ -66,8 +67,7 @@ class Grid:
 
     def pieces(self, kv_heads: int, batch: int, tokens: int) -> tuple[int, int]:
         """The most shares and chunks that `plan.plan_kernel` cuts a batch of so many requests and tokens into."""
-        shares = max(self.shares, self.shares // 4 + 1 + batch) + tokens // self.max_share
-        return shares, self.chunks // kv_heads + batch
+        return self.shares + batch + tokens // self.max_share, self.chunks // kv_heads + batch
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class DecodeWorkspace:
         partial: [pieces, G, Dv] float32, attention over a chunk; partial_lse: [pieces, G], log2 of its softmax sum.
         arrivals: [B * H] int32, chunks that are done. Zero between steps.
         kept: [B] int32, tokens that each request attends to; requests: [B, 4] int32, that number and the request's
-            first share and last; shares, chunks: [pieces, 8] int32, the work of each program. Written by
-            `plan.plan_step`.
+            first share and last; shares, chunks, all_chunks: [pieces, 8] int32, the work of each program, all_chunks
+            that of a layer that attends to everything. Written by `plan.plan_step`.
         grid: programs of each kernel.
         max_context: the longest context.
         scoring: how queries are compared with codes of keys.
@@ -106,6 +106,7 @@ class DecodeWorkspace:
     requests: Tensor
     shares: Tensor
     chunks: Tensor
+    all_chunks: Tensor
     grid: Grid
     max_context: int
     scoring: str
@@ -166,6 +167,7 @@ class DecodeWorkspace:
             requests=zeros(max_batch, REQUEST),
             shares=zeros(shares, PIECE),
             chunks=zeros(chunks, PIECE),
+            all_chunks=zeros(chunks, PIECE),
             grid=grid,
             max_context=max_context,
             scoring=scoring,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hata_kernels import reference
+from hata_kernels.attend import attend
 from hata_kernels.reference import Budget
 from hata_kernels.workspace import DecodeWorkspace
 
@@ -193,7 +194,7 @@ def poison(workspace: DecodeWorkspace) -> None:
     """Fill the buffers that need not be zero between steps with a sentinel: none is read before it is written."""
     for name in ("planes", "cuts", "offsets", "slots", "kept", "requests", "partial", "partial_lse"):
         getattr(workspace, name).view(torch.int32).fill_(SENTINEL)
-    for name in ("shares", "chunks"):
+    for name in ("shares", "chunks", "all_chunks"):
         getattr(workspace, name).fill_(SENTINEL)
     workspace.ranks.fill_(0x5A)
     workspace.share_counts.fill_(0x5A5A)
@@ -259,16 +260,21 @@ def check_step(case: Case, workspace: DecodeWorkspace, codes: Tensor) -> list[Te
     return chosen
 
 
-def expected_output(case: Case, chosen: list[Tensor]) -> Tensor:
-    """[requests, Hq, Dv] float64: exact attention over the chosen slots, after the step."""
+def expected_output(case: Case, chosen: list[Tensor] | None = None) -> Tensor:
+    """[requests, Hq, Dv] float64: exact attention over the chosen slots, all when None, after the step."""
     head = torch.arange(case.k.shape[1], device=case.q.device).unsqueeze(1)
     outputs = []
-    for b, slots in enumerate(chosen):
+    for b, slots in enumerate(chosen or case.slots):
         keys, values = case.k_pool[slots, head].double(), case.v_pool[slots, head].double()
         q = case.q[b].double().unflatten(0, (keys.shape[0], -1))
         weights = torch.softmax(q @ keys.transpose(1, 2) * case.scale, dim=-1)
         outputs.append((weights @ values).flatten(0, 1))
     return torch.stack(outputs)
+
+
+def attend_to_all(case: Case, workspace: DecodeWorkspace) -> Tensor:
+    """A dense layer of a step that is planned."""
+    return attend(case.q, case.k_pool, case.v_pool, case.slot_table, workspace, case.scale, everything=True)
 
 
 def assert_close(name: str, actual: Tensor, wanted: Tensor, ratio: float) -> None:

@@ -18,6 +18,7 @@ from ops.cases import (
     SENTINEL,
     Case,
     assert_close,
+    attend_to_all,
     check_step,
     expected_codes,
     expected_output,
@@ -142,6 +143,8 @@ def test_step_is_the_specification(name: str, scoring: str, index_dtype: torch.d
     output = step(case, room)
     chosen = check_step(case, room, codes)
     assert_close("output", output[: len(lengths)], expected_output(case, chosen), DTYPE_RATIO[dtype])
+    everything = attend_to_all(case, room)
+    assert_close("output of a dense layer", everything[: len(lengths)], expected_output(case), DTYPE_RATIO[dtype])
     _, positions = reference.hata_decode(
         case.q[: len(lengths)],
         case.k_pool,

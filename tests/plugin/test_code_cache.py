@@ -64,6 +64,20 @@ def test_keys_that_came_past_their_codes_stop_the_first_step(cache: CodeCache) -
         cache.require_fresh(slots, keys.__getitem__)
 
 
+def test_codes_of_keys_that_fp8_has_rounded_are_fresh(cache: CodeCache) -> None:
+    slots = torch.tensor([4, 9, 6])
+    keys = torch.randn(50, 3, 64)
+    keys[9] *= 1e-6  # to nothing
+    for layer in (2, 3):
+        cache.write(layer, slots, keys[slots])
+    rounded = {layer: keys.to(torch.float8_e4m3fn) for layer in (2, 3)}
+    assert not rounded[2][9].float().any()
+    cache.require_fresh(slots, rounded.__getitem__)
+    rounded[3][4] = torch.randn(3, 64).to(torch.float8_e4m3fn)
+    with pytest.raises(HataError, match="the keys of layer 3 reach the KV cache"):
+        cache.require_fresh(slots, rounded.__getitem__)
+
+
 def test_cost_of_codes(cache: CodeCache) -> None:
     assert cache.bytes_per_token == 2 * 3 * 16
     assert cache.size_bytes() == 50 * cache.bytes_per_token
