@@ -27,7 +27,7 @@ PPM = tl.constexpr(1_000_000)
 # A program of this kernel describes as many pieces as make such a matrix with the requests, and at least the fewest.
 MATRIX, FEWEST = 1024, 16
 # Tokens of a share, in blocks, and of a chunk, that are enough for one program. Only where there are more is the work
-# cut into twice as many pieces: each costs the launches after it some time.
+# cut into more pieces: each costs the launches after it some time.
 FULL_SHARE_BLOCKS, FULL_CHUNK = 8, 1024
 
 
@@ -55,13 +55,14 @@ def evenly(tokens, pieces, block):
 
 
 @triton.jit
-def pieces_of(b_tokens, heads, programs, full, block, most):
+def pieces_of(b_tokens, heads, batch, few, many, full, block, most):
     """How many pieces each request is cut into, of at most ``most`` tokens.
 
-    Pieces times heads make about ``programs``; half as many as long as a piece then has no more than ``full`` tokens. A
-    request has as many as its part of all tokens is worth, rounded down: one too many would start a second wave."""
+    Pieces times heads make about ``few``; up to ``many`` where pieces would have more than ``full`` tokens. A request
+    has as many as its part of all tokens is worth, rounded down: a program too many would wait for another to end."""
     total = tl.sum(b_tokens, axis=0) * heads
-    wanted = tl.maximum(tl.cdiv(total, programs), tl.minimum(tl.cdiv(total, (programs + 1) // 2), full))
+    wanted = tl.cdiv(total, tl.maximum(many - batch * heads, few))
+    wanted = tl.maximum(wanted, tl.minimum(tl.cdiv(total, few), full))
     b_pieces = tl.maximum(b_tokens // tl.maximum(wanted, 1), tl.cdiv(b_tokens, most))
     return tl.cdiv(b_tokens, evenly(b_tokens, b_pieces, block)).to(tl.int32)
 
@@ -91,11 +92,13 @@ def plan_kernel(
     H: tl.constexpr,
     BB: tl.constexpr,
     BI: tl.constexpr,
-    SHARES: tl.constexpr,
+    FEW_SHARES: tl.constexpr,
+    MANY_SHARES: tl.constexpr,
     FULL_SHARE: tl.constexpr,
     SHARE_BLOCK: tl.constexpr,
     MAX_SHARE: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    FEW_CHUNKS: tl.constexpr,
+    MANY_CHUNKS: tl.constexpr,
     FULL_CHUNK: tl.constexpr,
     CHUNK_BLOCK: tl.constexpr,
     PIECE: tl.constexpr,
@@ -119,10 +122,12 @@ def plan_kernel(
     i_list = tl.program_id(1)
     b_tokens = tl.where(i_list == 0, b_scored, tl.where(i_list == 1, b_kept, b_length))
     heads = tl.where(i_list == 0, 1, H)
-    programs = tl.where(i_list == 0, SHARES, CHUNKS)
+    few = tl.where(i_list == 0, FEW_SHARES, FEW_CHUNKS)
+    many = tl.where(i_list == 0, MANY_SHARES, MANY_CHUNKS)
     full = tl.where(i_list == 0, FULL_SHARE, FULL_CHUNK)
     block = tl.where(i_list == 0, SHARE_BLOCK, CHUNK_BLOCK)
-    b_pieces = pieces_of(b_tokens, heads, programs, full, block, tl.where(i_list == 0, MAX_SHARE, 1 << 30))
+    most = tl.where(i_list == 0, MAX_SHARE, 1 << 30)
+    b_pieces = pieces_of(b_tokens, heads, batch, few, many, full, block, most)
     if (i_list == 0) & (tl.program_id(0) == 0):
         b_last = tl.cumsum(b_pieces, axis=0)
         tl.store(kept + o_b, b_kept.to(tl.int32), mask=m_b)
@@ -203,11 +208,13 @@ def plan_step(seq_lens: Tensor, req_rows: Tensor, workspace: DecodeWorkspace, bu
         H=workspace.kv_heads,
         BB=BB,
         BI=BI,
-        SHARES=grid.shares,
+        FEW_SHARES=grid.few_shares,
+        MANY_SHARES=grid.many_shares,
         FULL_SHARE=FULL_SHARE_BLOCKS * grid.share_block,
         SHARE_BLOCK=grid.share_block,
         MAX_SHARE=grid.max_share,
-        CHUNKS=grid.chunks,
+        FEW_CHUNKS=grid.few_chunks,
+        MANY_CHUNKS=grid.many_chunks,
         FULL_CHUNK=FULL_CHUNK,
         CHUNK_BLOCK=MIN_CHUNK,
         PIECE=PIECE,

@@ -21,8 +21,6 @@ SHARE_BLOCK = 512
 # A program of the compaction is one warp, which needs no barriers: each lane has COLUMNS consecutive ranks, 16 bytes in
 # the usual case. Their marks fill an int32: selected for sure in the low half, tied in the high half.
 LANES, COLUMNS = 32, 16
-# Programs of the compaction are short: with many KV heads each takes several shares, as starting one takes time too.
-HEADS_PER_SHARE = 8
 
 
 @triton.jit
@@ -151,7 +149,7 @@ def compact_kernel(
     slot_stride,
     n_shares,
     H: tl.constexpr,
-    SHARES: tl.constexpr,
+    STRIDE: tl.constexpr,
     BINS: tl.constexpr,
     BL: tl.constexpr,
     BC: tl.constexpr,
@@ -159,9 +157,8 @@ def compact_kernel(
     PDL: tl.constexpr,
 ):
     i_h = tl.program_id(0) % H
-    first_share = tl.program_id(0) // H * SHARES
     wait_for_previous(PDL)
-    for i_share in range(first_share, tl.minimum(first_share + SHARES, n_shares)):
+    for i_share in range(tl.program_id(0) // H, n_shares, STRIDE):
         compact_share(
             ranks,
             shares,
@@ -213,8 +210,8 @@ def select_slots(slot_table: Tensor, workspace: DecodeWorkspace, batch: int) -> 
         launch_pdl=overlap,
         num_warps=4,
     )
-    n_shares, shares_each = workspace.pieces(batch)[0], triton.cdiv(H, HEADS_PER_SHARE)
-    compact_kernel[(triton.cdiv(n_shares, shares_each) * H,)](
+    n_shares, stride = workspace.pieces(batch)[0], workspace.grid.compact
+    compact_kernel[(min(n_shares, stride) * H,)](
         workspace.ranks,
         workspace.shares,
         workspace.cuts,
@@ -226,7 +223,7 @@ def select_slots(slot_table: Tensor, workspace: DecodeWorkspace, batch: int) -> 
         workspace.max_kept,
         n_shares,
         H=H,
-        SHARES=shares_each,
+        STRIDE=stride,
         BINS=workspace.bins,
         BL=LANES,
         BC=COLUMNS,

@@ -19,9 +19,11 @@ PIECE, REQUEST = 8, 4
 MAX_SHARE = 2**15 - 1
 # Selected tokens in the smallest piece of work of the attention kernel.
 MIN_CHUNK = 64
-# The most programs of each kernel for every multiprocessor, as many as it has room for: loads of some cover the
-# arithmetic of others.
-SCORE_PROGRAMS, ATTEND_PROGRAMS = 4, 4
+# Programs of the score and of the attention kernel for every multiprocessor, where there is little to do and where
+# there is much: loads of some cover the arithmetic of others. A multiprocessor has room for four of each.
+FEW_PROGRAMS, MANY_PROGRAMS = 2, 4
+# Warps of the compaction, each a program, for every multiprocessor, which has room for 32.
+COMPACT_PROGRAMS = 30
 # Warps of a score program, and code words that it holds at a time: 16 registers for each thread.
 SCORE_WARPS = 8
 TILE_WORDS = SCORE_WARPS * 32 * 16
@@ -37,18 +39,22 @@ class Grid:
     """How many programs each kernel has, and how small a piece of work may be; from the sizes of the buffers alone.
 
     Attributes:
-        shares: programs of the score kernel.
+        few_shares, many_shares: programs of the score kernel, where there is little to do and where there is much.
         share_block: tokens that one reads at a time; a share is a multiple of it.
         max_share: the most tokens of a share.
         head_block: KV heads that one works on, a power of two.
-        chunks: programs of the attention kernel, besides one for each (request, KV head).
+        few_chunks, many_chunks: programs of the attention kernel, likewise.
+        compact: programs of the compaction for each KV head.
     """
 
-    shares: int
+    few_shares: int
+    many_shares: int
     share_block: int
     max_share: int
     head_block: int
-    chunks: int
+    few_chunks: int
+    many_chunks: int
+    compact: int
 
     @classmethod
     def of(cls, kv_heads: int, words: int, bins: int, device: torch.device) -> Grid:
@@ -56,18 +62,24 @@ class Grid:
         heads = triton.next_power_of_2(kv_heads)
         head_block = min(heads, HISTOGRAM_BYTES // (4 * bins))
         share_block = max(16, TILE_WORDS // (head_block * min(words, 4)))
-        shares = SCORE_PROGRAMS * n
+        compact = max(COMPACT_PROGRAMS * n // kv_heads, 1)
+        few, many = FEW_PROGRAMS * n, MANY_PROGRAMS * n
         return cls(
-            shares=shares,
+            few_shares=few,
+            # No more than the compaction has programs for at once, if that does not leave the score kernel too few.
+            many_shares=max(few, min(many, compact)),
             share_block=share_block,
             max_share=MAX_SHARE // share_block * share_block,
             head_block=head_block,
-            chunks=ATTEND_PROGRAMS * n,
+            few_chunks=few,
+            many_chunks=many,
+            compact=compact,
         )
 
     def pieces(self, kv_heads: int, batch: int, tokens: int) -> tuple[int, int]:
         """The most shares and chunks that `plan.plan_kernel` cuts a batch of so many requests and tokens into."""
-        return self.shares + batch + tokens // self.max_share, self.chunks // kv_heads + batch
+        shares = max(self.many_shares, self.few_shares + batch) + tokens // self.max_share
+        return shares, -(-max(self.many_chunks, self.few_chunks + batch * kv_heads) // kv_heads)
 
 
 @dataclass(frozen=True)

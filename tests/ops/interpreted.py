@@ -35,10 +35,13 @@ DTYPE_RATIO = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.INTERPRETED.value, "run with TRITON_INTERPRET=1"
     monkeypatch.setattr(workspace, "TILE_WORDS", 16)
-    monkeypatch.setattr(workspace, "SCORE_PROGRAMS", 11)
+    monkeypatch.setattr(workspace, "FEW_PROGRAMS", 5)
+    monkeypatch.setattr(workspace, "MANY_PROGRAMS", 13)
+    monkeypatch.setattr(workspace, "COMPACT_PROGRAMS", 8)
+    monkeypatch.setattr(plan, "FULL_SHARE_BLOCKS", 1)
+    monkeypatch.setattr(plan, "FULL_CHUNK", 20)
     monkeypatch.setattr(workspace, "MIN_CHUNK", 16)
     monkeypatch.setattr(plan, "MIN_CHUNK", 16)
-    monkeypatch.setattr(workspace, "ATTEND_PROGRAMS", 13)
     monkeypatch.setattr(topk, "LANES", 4)
     monkeypatch.setattr(topk, "SHARE_BLOCK", 4)
     monkeypatch.setattr(attend, "BLOCK", 16)
@@ -167,6 +170,58 @@ def test_costs_decide_by_the_batch() -> None:
     assert Budget(tokens=10, costs=SAVING).plan(torch.tensor([30, 30, 11])).tolist() == [10, 10, 11]
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_a_plan_hands_out_every_token_once(seed: int) -> None:
+    generator = seeded(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (1,), generator=generator))
+
+    H, B = draw(1, 9), draw(1, 12)
+    lengths = [draw(1, 10 ** draw(0, 4)) for _ in range(B)]
+    rule = Budget(tokens=draw(1, 300), share_ppm=draw(0, 100_000), floor=draw(1, 20), min_context=draw(0, 500))
+    room = DecodeWorkspace.allocate(
+        max_batch=B + draw(0, 3),
+        q_heads=2 * H,
+        kv_heads=H,
+        head_dim=64,
+        bits=64,
+        max_context=max(lengths),
+        max_kept=rule.largest(max(lengths)),
+        device=CPU,
+    )
+    poison(room)
+    rows = torch.randperm(50, generator=generator)[:B]
+    plan_step(torch.tensor(lengths), rows, room, rule)
+    kept = rule.plan(torch.tensor(lengths)).tolist()
+    assert room.kept[:B].tolist() == kept
+    shares, chunks = room.pieces(B)
+    scored = [length if k < length else 0 for length, k in zip(lengths, kept, strict=True)]
+    for name, pieces, tokens, block in (
+        ("shares", room.shares[:shares], scored, room.grid.share_block),
+        ("chunks", room.chunks[:chunks], kept, plan.MIN_CHUNK),
+        ("all chunks", room.all_chunks[:chunks], lengths, plan.MIN_CHUNK),
+    ):
+        first = 0
+        for b, wanted in enumerate(tokens):
+            mine = pieces[pieces[:, 0] == b].tolist()
+            message = f"{name} of request {b} of {lengths}"
+            assert pieces[first : first + len(mine), 0].tolist() == [b] * len(mine), message
+            starts, ends = [piece[2] for piece in mine], [piece[3] for piece in mine]
+            assert [*starts, wanted] == [0, *ends] and all(map(int.__lt__, starts, ends)), message
+            assert all(start % block == 0 for start in starts), message
+            assert all(piece[1] == rows[b] for piece in mine), message
+            numbers = [[first, i, len(mine)] for i in range(len(mine))]
+            if name == "shares":
+                assert room.requests[b, 1:3].tolist() == [first, first + len(mine)], message
+                assert all(piece[4] == lengths[b] for piece in mine), message
+            else:
+                selects = name == "chunks" and kept[b] < lengths[b]
+                assert [piece[4:] for piece in mine] == [[selects, *number] for number in numbers], message
+            first += len(mine)
+        assert (pieces[first:, 0] == -1).all() and (pieces[first:, 2] >= pieces[first:, 3]).all(), name
+
+
 def test_a_step_leaves_the_workspace_fit_for_the_next() -> None:
     """The second step has other lengths, and finds counts of zero."""
     room = None
@@ -213,7 +268,8 @@ def test_ties_at_the_cut_go_to_the_earliest() -> None:
 def test_results_do_not_depend_on_how_the_work_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for programs in (1, 7, 60):
-        monkeypatch.setattr(workspace, "SCORE_PROGRAMS", programs)
+        monkeypatch.setattr(workspace, "FEW_PROGRAMS", programs)
+        monkeypatch.setattr(workspace, "MANY_PROGRAMS", 2 * programs)
         case = make_case(
             [130, 77],
             Budget(tokens=11),
