@@ -7,7 +7,8 @@
 
 A case is CONTEXTxBATCH. The model is a shape with dummy weights, so nothing is downloaded and answers mean nothing.
 Prompts are random tokens, in the prefix cache before the clock starts; a request for few and one for many new tokens
-are timed in turn, and their difference is the cost of the tokens between, free of prefill. Beside each time stands its
+are timed in turn, and their difference is the cost of the tokens between, free of prefill. Shorter prompts are the
+beginnings of longer ones, so the longest cases come first and prefill serves all. Beside each time stands its
 floor: the bytes that a step must read over the GPU's copy bandwidth, measured in the same run. Medians go to
 benchmarks/results/serve_decode-GPU.json, beside those of earlier runs with the same GPU, versions and commit, and into
 a plot of the same name.
@@ -50,6 +51,8 @@ CASES: dict[str, list[Case]] = {
 }
 SMALL = [(context, batch) for context in (1024, 4096, 8192, 16_384, 32_768) for batch in (1, 8, 32)]
 VOCABULARY = 32_000
+PAGE = 64  # tokens that a prefix hit may lack of a whole prompt
+LONGEST = 2**20  # tokens that prompts are the beginnings of
 FEW, MANY = 16, 144
 PREFILL_CONTEXT, PREFILLS = 32_768, 5
 
@@ -64,7 +67,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="pairs of a short and a long generation (default: 5)")
     add_server_options(parser)
     args = parser.parse_args()
-    cases = args.case or (SMALL if args.small else CASES[args.shape])
+    cases = sorted(args.case or (SMALL if args.small else CASES[args.shape]), reverse=True)
     max_batch = max(batch for _, batch in cases)
 
     # In a process of their own, as a CUDA context would take memory from the servers.
@@ -154,13 +157,11 @@ def fits(server: httpx.Client, case: Case, mode: str) -> bool:
 
 def time_per_token(server: httpx.Client, context: int, batch: int, repeats: int) -> float:
     """Median milliseconds a token, over ``repeats`` pairs of a short and a long generation."""
-    rng = random.Random(context * batch)
-    prompts = [random_tokens(rng, context) for _ in range(batch)]
-    flush_cache(server)
+    prompts = [random_tokens(random.Random(i), LONGEST)[:context] for i in range(batch)]
     generate(server, prompts, 1)
     times = []
     for _ in range(repeats):
-        few, many = generate(server, prompts, FEW), generate(server, prompts, MANY)
+        few, many = (generate(server, prompts, new_tokens, context - PAGE) for new_tokens in (FEW, MANY))
         times.append((many - few) / (MANY - FEW) * 1e3)
     return statistics.median(times)
 
@@ -179,13 +180,15 @@ def random_tokens(rng: random.Random, count: int) -> list[int]:
     return rng.choices(range(VOCABULARY), k=count)
 
 
-def generate(server: httpx.Client, prompts: list[list[int]], new_tokens: int) -> float:
+def generate(server: httpx.Client, prompts: list[list[int]], new_tokens: int, cached: int = 0) -> float:
+    """Seconds of a batch of requests, each of which must find ``cached`` tokens of its prompt in the prefix cache."""
     sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
     start = time.perf_counter()
     answers = server.post("/generate", json={"input_ids": prompts, "sampling_params": sampling})
     seconds = time.perf_counter() - start
     for answer in answers.raise_for_status().json():
         assert answer["meta_info"]["completion_tokens"] == new_tokens
+        assert answer["meta_info"]["cached_tokens"] >= cached
     return seconds
 
 

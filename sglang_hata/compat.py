@@ -163,7 +163,7 @@ def _choose_decode_backend(given: str | None) -> None:
     if given not in (None, BACKEND):
         raise HataError(
             f"--hata cannot run with --decode-attention-backend {given}: HATA is the decode backend, so remove it; "
-            "--attention-backend chooses the one for prefill and for the dense layers."
+            "--attention-backend chooses the one for prefill."
         )
 
 
@@ -418,7 +418,7 @@ def tensor_parallel() -> tuple[int, int]:
 
 
 def dense_backend(runner: Any) -> Any:
-    """A new instance of the attention backend that prefill uses, for dense layers and short contexts."""
+    """A new instance of the attention backend that prefill uses, for what a CPU attends to in full."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     try:
