@@ -1,13 +1,15 @@
 """What a decode step costs on the GPU at hand, with and without selection: `reference.Costs`.
 
-Both times are straight lines over the context: attention reads keys and values of what it attends to, scoring reads
-codes of all, and a step that selects pays for its launches once. Two contexts give each line.
+For long contexts both times are straight lines: attention reads keys and values of what it attends to, scoring reads
+codes of all, and a step that selects pays for its longer chain of launches once. Short contexts are bound by latency,
+and there selection must not be chosen for a saving that the lines promise and the GPU does not keep: the fixed cost is
+the least with which they promise no more than was measured, at any length.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,8 +19,9 @@ from hata_kernels.plan import plan_step
 from hata_kernels.reference import WORD_BITS, Budget, Costs
 from hata_kernels.workspace import DecodeWorkspace
 
-# Tokens of the longer of the two contexts, how many times shorter the other is, and tokens selected of either.
-LONGEST, RATIO, SELECTED = 65_536, 4, 256
+# Tokens of the longest context, and how many are selected; how many contexts, each half as long as the one before.
+LONGEST, SELECTED, HALVINGS = 65_536, 256, 7
+MIN_LENGTHS = 3
 MAX_LAYERS = 8  # enough that each finds the caches cold
 REPLAYS = 9
 
@@ -49,7 +52,8 @@ def measure_costs(
     """
     slots, H, D = k_pools[0].shape
     longest = min(LONGEST, max_context, slots - 1)
-    if longest < RATIO * 2 * SELECTED:
+    lengths = [longest >> i for i in range(HALVINGS) if longest >> i >= 2 * SELECTED]
+    if len(lengths) < MIN_LENGTHS:
         return None
     device = k_pools[0].device
     layers = list(zip(k_pools, v_pools, code_caches, projections, strict=True))[:MAX_LAYERS]
@@ -80,18 +84,28 @@ def measure_costs(
 
         return _median_seconds(step) / len(layers) * 1e12
 
-    short = longest // RATIO
-    dense_short, dense_long = (picoseconds(length, length) for length in (short, longest))
-    sparse_short, sparse_long = (picoseconds(length, SELECTED) for length in (short, longest))
-    attend = max((dense_long - dense_short) / (longest - short), 0)
-    score = max((sparse_long - sparse_short) / (longest - short), 0)
-    launches = dense_short - short * attend  # paid by every step
-    fixed = max(sparse_short - launches - short * score - SELECTED * attend, 0)
+    return fit(
+        {length: picoseconds(length, length) for length in lengths},
+        {length: picoseconds(length, SELECTED) for length in lengths},
+        SELECTED,
+    )
+
+
+def fit(dense: Mapping[int, float], sparse: Mapping[int, float], kept: int) -> Costs:
+    """Costs from the picoseconds of a step of one request at several context lengths, three at least.
+
+    Args:
+        dense: attending to everything.
+        sparse: attending to ``kept`` tokens, chosen by score.
+    """
+    middle, longest = sorted(dense)[-3], max(dense)
+    attend, score = (max((line[longest] - line[middle]) / (longest - middle), 0) for line in (dense, sparse))
+    promised = {length: (length - kept) * attend - length * score for length in dense}
+    fixed = max(0, *(promised[length] - (dense[length] - sparse[length]) for length in dense))
     return Costs(attend=round(attend), score=round(score), fixed=round(fixed))
 
 
 def _median_seconds(step: Callable[[], None]) -> float:
-
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
