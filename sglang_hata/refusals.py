@@ -13,7 +13,7 @@ from typing import Any
 
 from sglang_hata.config import HataConfig, HataError
 
-# Dense attention for prefill, and on a CPU for the first layers: backends whose K goes through the pool's set_kv_buffer.
+# Dense attention for prefill, and on a CPU for the first layers: backends that write K by the pool's set_kv_buffer.
 DENSE_BACKENDS = {"cuda": ("flashinfer", "fa3", "triton"), "cpu": ("torch_native",)}
 FP8_DTYPES = ("fp8_e4m3", "fp8_e5m2")
 KV_DTYPES = ("auto", "bf16", "bfloat16", *FP8_DTYPES)
@@ -125,7 +125,8 @@ def check_device(settings: Any) -> None:
     if dense not in DENSE_BACKENDS[device]:
         allowed = " or ".join(DENSE_BACKENDS[device])
         raise HataError(
-            f"--hata cannot run with --attention-backend {dense} on {device}: use {allowed}, which prefill then runs on."
+            f"--hata cannot run with --attention-backend {dense} on {device}: "
+            f"use {allowed}, which prefill then runs on."
         )
 
 
