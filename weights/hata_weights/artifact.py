@@ -2,6 +2,8 @@
 
 A folder without an identity, of another shape, or whose tensors are not the ones that the identity was written
 for is refused: a wrong projection would still run, and choose badly without a word.
+
+Schema 2 adds what the weights were trained on and for; folders of schema 1 are read as untrained Hamming codes.
 """
 
 from __future__ import annotations
@@ -11,12 +13,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-SCHEMA = 1
+from hata_kernels import reference
+
+SCHEMA = 2
+SCHEMAS = (1, 2)
+SCORINGS = (reference.HAMMING, reference.ONE_SIDED)
+SINCE_SCHEMA_2 = ("scoring", "fingerprint", "data", "scores")
 IDENTITY_FILE = "hata.json"
 TENSOR_FILE = "projection.safetensors"
 
@@ -27,7 +35,7 @@ class ArtifactError(ValueError):
 
 @dataclass(frozen=True)
 class Identity:
-    """What a folder of hash weights is for.
+    """What a folder of hash weights is for, and how good it is.
 
     Args:
         model: name or path of the model that it was made for.
@@ -37,6 +45,11 @@ class Identity:
         head_dim, bits: the shape of one projection.
         tool: who wrote it, with version.
         sha256: of the tensor file; filled in by `save`.
+        scoring: how queries are compared with codes, "hamming" or "one-sided" (`reference.query_weights`).
+        fingerprint: of the model's weights that codes depend on (see `fingerprint`); empty if unknown.
+        data: sha256 of the tokens that it was trained on; empty if untrained.
+        scores: what was measured on text that it was not trained on: rows of "text", "tokens", "budget", "mass",
+            "exact_mass", "best_mass", "worst_head" and "bytes_per_token".
     """
 
     model: str
@@ -47,6 +60,10 @@ class Identity:
     bits: int
     tool: str
     sha256: str = ""
+    scoring: str = reference.HAMMING
+    fingerprint: str = ""
+    data: str = ""
+    scores: tuple[dict[str, Any], ...] = ()
 
 
 def save(folder: Path, identity: Identity, projections: Mapping[int, Tensor]) -> None:
@@ -59,6 +76,7 @@ def save(folder: Path, identity: Identity, projections: Mapping[int, Tensor]) ->
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"layers.{layer}.projection": w.contiguous() for layer, w in projections.items()}
     save_file(tensors, folder / TENSOR_FILE)
+    (folder / TENSOR_FILE).chmod(0o644)  # safetensors makes files that only their owner can read
     written = asdict(identity) | {"schema": SCHEMA, "sha256": _sha256(folder / TENSOR_FILE)}
     (folder / IDENTITY_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
@@ -67,7 +85,7 @@ def load_identity(folder: Path) -> Identity:
     """Reads `hata.json`.
 
     Raises:
-        ArtifactError: it is missing, is not JSON, has another schema or lacks a field.
+        ArtifactError: it is missing, is not JSON, has another schema or scoring, or lacks a field.
     """
     path = folder / IDENTITY_FILE
     try:
@@ -76,13 +94,18 @@ def load_identity(folder: Path) -> Identity:
         raise ArtifactError(f"{folder} holds no {IDENTITY_FILE}: give a folder of hash weights.") from None
     except (ValueError, OSError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}): write the weights anew.") from None
-    if not isinstance(read, dict) or read.get("schema") != SCHEMA:
+    if not isinstance(read, dict) or read.get("schema") not in SCHEMAS:
         schema = read.get("schema") if isinstance(read, dict) else None
-        raise ArtifactError(f"{path} has schema {schema}: this version reads schema {SCHEMA}.")
-    missing = [field.name for field in fields(Identity) if field.name not in read]
-    if missing:
+        raise ArtifactError(f"{path} has schema {schema}: this version reads schema 1 and 2.")
+    since = SINCE_SCHEMA_2 if read["schema"] == 1 else ()
+    names = [field.name for field in fields(Identity) if field.name not in since]
+    if missing := [name for name in names if name not in read]:
         raise ArtifactError(f"{path} lacks {', '.join(missing)}: write the weights anew.")
-    return Identity(**{field.name: read[field.name] for field in fields(Identity)})
+    values: dict[str, Any] = {name: tuple(read[name]) if name == "scores" else read[name] for name in names}
+    identity = Identity(**values)
+    if identity.scoring not in SCORINGS:
+        raise ArtifactError(f"{path} has scoring {identity.scoring}: this version knows {' and '.join(SCORINGS)}.")
+    return identity
 
 
 def load(folder: Path) -> tuple[Identity, dict[int, Tensor]]:

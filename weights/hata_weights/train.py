@@ -1,0 +1,192 @@
+"""Learns the projections of one layer, all its KV heads at once, from its queries and keys.
+
+The codes' scores are distilled from exact attention: a softmax over the scores of the keys is held to the KV head's
+attention, averaged over its query heads, by cross-entropy. Signs let gradients through near zero (straight-through).
+A step looks at few queries and, of the keys, at those with the most attention and a sample of the rest, whose
+share of the softmax is corrected for. Every other step leaves out the sinks and recent tokens, which a server selects
+whatever their score; the steps between let codes serve with other settings of these.
+
+Nothing more is learned than a projection. On SmolLM2 a projection of the queries' own and the keys' norms beside the
+codes would each keep half a point more of exact q.k's mass, a bias for each bit less: see weights/README.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hata_kernels import reference
+from hata_weights.capture import Sample
+from hata_weights.rotation import SEED, random_rotation, to_int8
+
+FIRST_SPREAD = 3.0  # standard deviation of the logits before the first step
+NARROWNESS = 2.0  # of the soft step that gradients see in place of a sign; columns start with a deviation of 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Args:
+        bits: of a code, a multiple of 32.
+        scoring: "hamming" or "one-sided".
+        steps: of Adam.
+        queries: positions a step.
+        keys: keys a step, half with the most attention, half drawn from the rest.
+        rate: Adam's, which falls to zero along a cosine.
+        sink, recent: tokens that the server always selects.
+    """
+
+    bits: int = 128
+    scoring: str = reference.ONE_SIDED
+    steps: int = 1500
+    queries: int = 16
+    keys: int = 2048
+    rate: float = 0.02
+    sink: int = 16
+    recent: int = 64
+
+
+class _Sign(torch.autograd.Function):
+    """1 where positive, else -1; the gradient is that of a step which is soft over about half a standard deviation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.where(x > 0, 1.0, -1.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * (NARROWNESS / (1 + (NARROWNESS * x) ** 2))
+
+
+def sign(x: Tensor) -> Tensor:
+    """Signs of ``x`` as floats, never zero, that let gradients through."""
+    return _Sign.apply(x)
+
+
+def train_layer(samples: Sequence[Sample], layer: int, recipe: Recipe) -> Tensor:
+    """Trains from the untrained rotations of `rotation`; the same samples give the same weights on the same machine.
+
+    Args:
+        samples: of this layer, one a sequence, float32, on the device to train on.
+        layer: its number, which seeds the random numbers.
+
+    Returns:
+        [H, D, bits] int8, on the CPU.
+    """
+    H = samples[0].keys.shape[0]
+    device = samples[0].keys.device
+    draw = torch.Generator(device).manual_seed(SEED + layer)
+    projection = first_projection(samples, layer, recipe.bits).requires_grad_()
+    sharpness = torch.zeros(H, 1, 1, device=device, requires_grad=True)
+    optimizer = torch.optim.Adam([projection, sharpness], lr=recipe.rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 10) * (1 + math.cos(math.pi * step / recipe.steps)) / 2
+    )
+    scale: Tensor | None = None
+    for step in range(recipe.steps):
+        sample = samples[step % len(samples)]
+        target, queries, keys, correction = draw_batch(sample, recipe, step // len(samples), draw)
+        bits = sign(torch.bmm(keys, projection))
+        if recipe.scoring == reference.ONE_SIDED:
+            weights = torch.bmm(queries.sum(1), projection)
+        else:
+            weights = sign(torch.einsum("hgmd,hdj->hgmj", _unit(queries), projection)).sum(1)
+        scores = torch.bmm(weights, bits.transpose(1, 2))
+        if scale is None:
+            scale = FIRST_SPREAD / scores.detach().std((1, 2), keepdim=True)
+        logits = scores * (scale * sharpness.exp()) + correction
+        loss = -(target * logits.log_softmax(-1)).sum(-1).mean(1).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    learned = projection.detach().cpu()
+    # The magnitudes of columns count where queries are not cut down to signs.
+    return _to_int8_alike(learned) if recipe.scoring == reference.ONE_SIDED else to_int8(learned)
+
+
+def first_projection(samples: Sequence[Sample], layer: int, bits: int) -> Tensor:
+    """The untrained rotations at right angles to the keys' mean: [H, D, bits] float32.
+
+    What all keys share would decide their bits, and tell no key from another. Each column is scaled to projections of
+    deviation 1.
+    """
+    keys = torch.cat([sample.keys for sample in samples], 1)
+    H, _, D = keys.shape
+    rotation = torch.stack([random_rotation(layer, head, D, bits) for head in range(H)]).to(keys)
+    mean = torch.nn.functional.normalize(keys.mean(1, keepdim=True), dim=2)
+    columns = rotation - mean.transpose(1, 2) @ (mean @ rotation)
+    return columns / torch.bmm(keys[:, ::8], columns).std(1, keepdim=True)
+
+
+def _to_int8_alike(columns: Tensor) -> Tensor:
+    """Rounds [H, D, bits] to int8, all columns of a head scaled alike."""
+    largest = columns.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(columns.dtype).tiny)
+    return torch.round(columns * (127 / largest)).to(torch.int8)
+
+
+def draw_batch(sample: Sample, recipe: Recipe, turn: int, draw: torch.Generator) -> tuple[Tensor, ...]:
+    """Draws queries and keys of one sequence.
+
+    Args:
+        turn: how often the sequence was drawn from before; every other turn leaves out sinks and recent tokens.
+
+    Returns:
+        The attention [H, m, n] to learn, of sum 1 over the keys; queries [H, G, m, D]; keys [H, n, D]; what to add
+        to the logits [H, m, n]: the logarithm of how many keys one stands for, or -1e9 where it cannot be selected.
+    """
+    sink, recent = (recipe.sink, max(recipe.recent, 1)) if turn % 2 else (0, 1)
+    H, N, _ = sample.keys.shape
+    device = sample.keys.device
+    chosen = torch.randperm(len(sample.positions), generator=draw, device=device)[: recipe.queries]
+    queries = sample.queries.unflatten(0, (H, -1))[:, :, chosen]
+    positions = sample.positions[chosen].unsqueeze(1)
+    attention = mean_attention(queries, sample.keys, sample.positions[chosen], sample.scale)
+    everywhere = torch.arange(N, device=device)
+    unlearned = (everywhere < sink) | (everywhere > positions - recent)
+    attention = attention.masked_fill(unlearned, 0)
+
+    top = min(recipe.keys // 2, N // 2)
+    rest = min(recipe.keys - top, N - top)
+    order = torch.rand(H, N, generator=draw, device=device)
+    order = order.scatter(1, attention.sum(1).topk(top).indices, 2.0)
+    index = order.topk(top + rest).indices
+    stands_for = torch.zeros(top + rest, device=device)
+    stands_for[top:] = math.log((N - top) / rest)
+    per_query = index.unsqueeze(1).expand(-1, len(chosen), -1)
+    target = attention.gather(2, per_query)
+    target = target / target.sum(-1, keepdim=True).clamp(min=1e-9)
+    hidden = unlearned.expand(H, -1, -1).gather(2, per_query)
+    keys = sample.keys.gather(1, index.unsqueeze(2).expand(-1, -1, sample.keys.shape[2]))
+    return target, queries, keys, stands_for.masked_fill(hidden, -1e9)
+
+
+def mean_attention(queries: Tensor, keys: Tensor, positions: Tensor, scale: Tensor) -> Tensor:
+    """Causal softmax attention of the query heads of each KV head, averaged.
+
+    Args:
+        queries: [H, G, m, D] float32.
+        keys: [H, N, D] float32.
+        positions: [m] int64, of the queries.
+        scale: [] float32, multiplies q . k.
+
+    Returns:
+        [H, m, N] float32, each row of sum 1.
+    """
+    H, G, m, D = queries.shape
+    logits = torch.bmm(queries.reshape(H, G * m, D), keys.transpose(1, 2)).view(H, G, m, -1) * scale
+    future = torch.arange(keys.shape[1], device=keys.device) > positions.unsqueeze(1)
+    return logits.masked_fill_(future, -torch.inf).softmax(-1).mean(1)
+
+
+def _unit(queries: Tensor) -> Tensor:
+    """Queries of a mean norm that lets gradients through their signs as through those of keys."""
+    return queries * (queries.shape[-1] ** 0.5 / queries.norm(dim=-1).mean((1, 2), keepdim=True).unsqueeze(-1))
