@@ -171,13 +171,16 @@ def _check_server_args(_result: None, args: Any) -> None:
     config = config_of(args)
     if config is None:
         return
-    from sglang_hata.projections import check_identity
+    from sglang_hata.projections import check_fingerprint, check_identity, resolve
 
     try:
         settings, model = _resolved(args)
         check_settings(settings, config)
         check_model(model, config, settings.device, _has_state_space_layers(model))
+        config = resolve(config, model)
         check_identity(config, model)
+        check_fingerprint(config, model)
+        setattr(args, STAMP, getattr(args, STAMP) | config.to_dict())
     except HataError as error:
         if getattr(args, STAMP)["command_line"]:
             raise SystemExit(str(error)) from None

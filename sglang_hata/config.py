@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hata_kernels.reference import Budget, Costs
 
-BITS_ALLOWED = (128, 256)
+BITS_ALLOWED = (64, 128, 256)
 SCORINGS = ("hamming", "one-sided")
+AUTO = "auto"
 MAX_TOKENS = 2**24
 
 
@@ -44,21 +45,23 @@ FLAGS = (
     ),
     Flag(
         "hata_bits",
-        "{128,256}",
-        "Bits of a hash code when no trained weights are given (a random rotation). Default 128: 16 bytes a "
-        "token and KV head, 3.1%% of K and V at head_dim 128. 256 chooses better and costs twice as much.",
+        "{64,128,256}",
+        "Bits of a hash code when no folder of trained weights is given. Default 128: 16 bytes a "
+        "token and KV head, 3.1%% of K and V at head_dim 128. 256 chooses better and costs twice as much; 64 only "
+        "makes sense with trained weights.",
     ),
     Flag(
         "hata_scoring",
         "{hamming,one-sided}",
-        "How a query is compared with codes. hamming, the default, binarises the queries of a group too, as the paper "
-        "does; one-sided keeps them at 4 bits each, which tells keys apart better by the same codes.",
+        "How a query is compared with codes. hamming binarises the queries of a group too, as the paper "
+        "does; one-sided keeps them at 4 bits each, which tells keys apart better by the same codes. Default: what "
+        "the trained weights were trained for, and hamming for untrained codes.",
     ),
     Flag(
         "hata_weights",
-        "DIR|none",
-        "Folder of trained hash weights (hata.json beside safetensors), or none for the untrained rotation. "
-        "Default none.",
+        "DIR|auto|none",
+        "Folder of trained hash weights (hata.json beside safetensors); auto for those that ship for this very model, "
+        "untrained codes if there are none; or none for the untrained rotation. Default none.",
     ),
     Flag(
         "hata_dense_layers",
@@ -94,8 +97,8 @@ class HataConfig:
     Args:
         budget: as the user wrote it, ``"2048"`` or ``"1.6%"``.
         bits: bits of an untrained code; a weights folder brings its own.
-        scoring: ``"hamming"`` or ``"one-sided"``.
-        weights: a folder, or ``"none"``.
+        scoring: ``"hamming"`` or ``"one-sided"``; ``"auto"``, with weights, until `projections.resolve` knows theirs.
+        weights: a folder, ``"none"``, or ``"auto"`` until `projections.resolve` has looked.
         dense_layers: how many of the first layers attend to everything.
         sink, recent: tokens at the start and at the end that are always attended to.
         min_context: contexts up to this many tokens are attended whole; None: wherever choosing takes longer.
@@ -118,8 +121,8 @@ class HataConfig:
     def __post_init__(self) -> None:
         tokens, _ = parse_budget(self.budget)
         if self.bits not in BITS_ALLOWED:
-            raise HataError(f"--hata-bits {self.bits} is not a code length: choose 128 or 256.")
-        if self.scoring not in SCORINGS:
+            raise HataError(f"--hata-bits {self.bits} is not a code length: choose 64, 128 or 256.")
+        if self.scoring not in SCORINGS and not (self.scoring == AUTO and self.weights != "none"):
             raise HataError(f"--hata-scoring {self.scoring} is not a score: choose {' or '.join(SCORINGS)}.")
         for name in ("dense_layers", "sink", "recent", "min_context"):
             value = getattr(self, name)
@@ -132,10 +135,10 @@ class HataConfig:
                 f"tokens, which count inside it: give a budget of at least {self.floor}, or lower --hata-sink "
                 "or --hata-recent."
             )
-        if self.weights != "none" and not Path(self.weights).is_dir():
+        if self.weights not in ("none", AUTO) and not Path(self.weights).is_dir():
             raise HataError(
-                f"--hata-weights {self.weights} is not a folder: give a folder that holds hata.json, or none "
-                "for untrained codes."
+                f"--hata-weights {self.weights} is not a folder: give a folder that holds hata.json, auto for those "
+                "that ship, or none for untrained codes."
             )
 
     @property
@@ -173,7 +176,7 @@ class HataConfig:
                 option = next(flag.option for flag in FLAGS if flag.name in given)
                 raise HataError(f"{option} has no effect without --hata: add --hata, or remove it.")
             return None
-        if given.get("hata_weights", "none") != "none" and "hata_bits" in given:
+        if given.get("hata_weights", "none") not in ("none", AUTO) and "hata_bits" in given:
             raise HataError(
                 f"--hata-bits {given['hata_bits']} has no effect with --hata-weights {given['hata_weights']}, which "
                 "bring their own: remove one of the two."
@@ -189,6 +192,8 @@ class HataConfig:
             values["budget"] = str(values["budget"])
         if "weights" in values:
             values["weights"] = str(values["weights"])
+        if values.get("weights", "none") != "none":
+            values.setdefault("scoring", AUTO)
         return cls(**values)
 
 

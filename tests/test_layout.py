@@ -22,7 +22,8 @@ def test_the_wheel_holds_four_packages(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     sources = tmp_path / "sources"  # a copy, as a build leaves folders beside the sources and takes in old ones
     sources.mkdir()
-    for name in subprocess.check_output(["git", "-C", str(ROOT), "ls-files"], text=True).splitlines():
+    tracked = subprocess.check_output(["git", "-C", str(ROOT), "ls-files"], text=True).splitlines()
+    for name in tracked:
         if (ROOT / name).is_file():
             (sources / name).parent.mkdir(parents=True, exist_ok=True)
             (sources / name).write_bytes((ROOT / name).read_bytes())
@@ -40,6 +41,8 @@ def test_the_wheel_holds_four_packages(tmp_path: Path) -> None:
     }
     assert "[sglang.srt.plugins]\nhata = sglang_hata:register" in entry_points
     assert "sglang_hata/cpu/site/sgl_kernel/__init__.py" in names
+    trained = [name.removeprefix("weights/") for name in tracked if name.startswith("weights/hata_weights/data/")]
+    assert set(trained) <= set(names)
 
 
 def test_kernels_is_the_module_that_sglang_needs() -> None:

@@ -27,7 +27,7 @@ def test_what_is_not_a_budget(text: str) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"hata_bits": "100"}, "--hata-bits 100 is not a code length: choose 128 or 256."),
+        ({"hata_bits": "100"}, "--hata-bits 100 is not a code length: choose 64, 128 or 256."),
         ({"hata_bits": "many"}, "--hata-bits many is not a whole number: give one, such as --hata-bits 64."),
         ({"hata_scoring": "cosine"}, "--hata-scoring cosine is not a score: choose hamming or one-sided."),
         ({"hata_sink": "-1"}, "--hata-sink -1 is out of range: give a number from 0 to 16777216."),
@@ -37,6 +37,7 @@ def test_what_is_not_a_budget(text: str) -> None:
         ({"hata_budget": "79"}, "has no room for 16 sink and 64 recent tokens"),
         ({"hata_budget": "16", "hata_recent": "0"}, "has no room for 16 sink and 1 recent tokens"),
         ({"hata_weights": "/no/such/folder"}, "--hata-weights /no/such/folder is not a folder"),
+        ({"hata_scoring": "auto"}, "--hata-scoring auto is not a score: choose hamming or one-sided."),
         ({"hata_weights": "/", "hata_bits": "256"}, "--hata-bits 256 has no effect with --hata-weights /"),
     ],
 )
@@ -53,6 +54,18 @@ def test_auto_is_the_default_and_decides_by_costs() -> None:
     assert config == HataConfig() and config.budget_rule(costs).costs == costs
     fixed = HataConfig.from_options({"hata": True, "hata_min_context": "512"})
     assert fixed is not None and fixed.budget_rule(costs).costs is None and fixed.budget_rule().min_context == 512
+
+
+def test_weights_bring_their_own_scoring_unless_one_is_given() -> None:
+    for options, scoring in (
+        ({"hata_weights": "auto"}, "auto"),
+        ({"hata_weights": "/"}, "auto"),
+        ({"hata_weights": "auto", "hata_bits": "64", "hata_scoring": "hamming"}, "hamming"),
+        ({"hata_weights": "none"}, "hamming"),
+        ({}, "hamming"),
+    ):
+        config = HataConfig.from_options({"hata": True} | options)
+        assert config is not None and config.scoring == scoring
 
 
 def test_a_setting_without_hata_is_refused() -> None:

@@ -22,7 +22,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "plain": ([], "starts"),
     "budget-share": (["--hata-budget", "1.6%", "--hata-min-context", "512"], "starts"),
     "budget": (["--hata-budget", "many"], "--hata-budget many is not a budget"),
-    "bits": (["--hata-bits", "64"], "--hata-bits 64 is not a code length"),
+    "bits": (["--hata-bits", "96"], "--hata-bits 96 is not a code length"),
     "speculative": (
         ["--speculative-algorithm", "NGRAM"],
         "--hata cannot run with --speculative-algorithm NGRAM: its verification steps are dense",
@@ -137,6 +137,10 @@ def answers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     identity = artifact.Identity("another", layers=3, dense_layers=2, kv_heads=3, head_dim=64, bits=128, tool="tests")
     artifact.save(weights, identity, {2: torch.zeros(3, 64, 128, dtype=torch.int8)})
     cases["weights"] = ([*serve, "--hata-weights", str(weights)], {})
+    fits = artifact.Identity("SmolLM2", 30, 29, 3, 64, 128, "tests", fingerprint="0" * 64)
+    foreign = tmp_path_factory.mktemp("foreign")
+    artifact.save(foreign, fits, {29: torch.zeros(3, 64, 128, dtype=torch.int8)})
+    cases["foreign"] = ([*serve, "--hata-weights", str(foreign), "--hata-dense-layers", "29"], {})
     cases["no-weights"] = ([*serve, "--hata-weights", str(tmp_path_factory.mktemp("empty"))], {})
     cases["without-hata"] = (["--model-path", str(model), "--hata-budget", "512"], {})
     return dict(zip(cases, ask(list(cases.values())), strict=True))
@@ -149,6 +153,7 @@ def answers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         *ENVIRONMENT_CASES.items(),
         *((name, sentence) for name, (_, sentence) in MODELS.items()),
         ("weights", "are for another with layers 3, but"),
+        ("foreign", "makes other queries and keys (fingerprint "),
         ("no-weights", "holds no hata.json: give a folder of hash weights."),
         ("without-hata", "--hata-budget has no effect without --hata"),
     ],
@@ -232,5 +237,5 @@ def test_a_plugin_that_failed_to_load_never_ends_as_dense_serving(model: Path) -
 def test_flags_are_in_the_launchers_help() -> None:
     done = python(["-m", "sglang.launch_server"], ["--help"])
     assert done.returncode == 0, done.stderr[-2000:]
-    for flag in ("--hata ", "--hata-budget TOKENS|SHARE%", "--hata-weights DIR|none", "--hata-verify"):
+    for flag in ("--hata ", "--hata-budget TOKENS|SHARE%", "--hata-weights DIR|auto|none", "--hata-verify"):
         assert flag in done.stdout

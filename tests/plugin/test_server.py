@@ -58,6 +58,16 @@ def test_with_the_whole_context_as_budget_the_text_is_dense(
         assert state["selections_wrong"] == 0 and state["stale_codes"] == 0
 
 
+def test_auto_serves_the_weights_that_ship_by_their_own_scoring(model: Path) -> None:
+    flags = ["--hata", "--hata-weights", "auto", "--hata-budget", "128", "--hata-min-context", "0"]
+    with serving(model, *flags, "--hata-sink", "4", "--hata-recent", "16", *VERIFY) as server:
+        server.generate(PROMPTS[0], 8)
+        state = server.hata()
+    assert Path(state["weights"]).name == "SmolLM2-135M-Instruct-128"
+    assert (state["scoring"], state["bits"]) == ("one-sided", 128)
+    assert state["selections_checked"] > 0 and state["selections_wrong"] == 0 and state["stale_codes"] == 0
+
+
 BUDGET, MIN_CONTEXT = 128, 256
 DOCUMENT = section("specialnames", 0, 6_000)
 QUESTIONS = [DOCUMENT + f"\n\nQuestion: {question}\nAnswer:" for question in ("What is a class?", "What does new do?")]
