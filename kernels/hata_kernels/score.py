@@ -102,9 +102,9 @@ def score_kernel(
     STRIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A tile is [V, TOKENS, groups of tokens, heads x WV words]. A thread has WV words of a head, 16 bytes where a code
-    has as many, loaded at once, of every token of a group: sums over a code, and the ranks of a group, stay within it,
-    so threads never wait for one another. Codes are loaded a tile ahead, and their slots two."""
+    """A tile is [groups of tokens, TOKENS, W / WV, heads x WV words]. A thread has WV words of a head, 16 bytes where a
+    code has as many, loaded at once, of every token of a group: sums over a code, and the ranks of a group, stay within
+    it, so threads never wait for one another. Codes are loaded a tile ahead, and their slots two."""
     i_share = tl.program_id(0)
     i_hb = tl.program_id(1)
     i_b = tl.load(shares + i_share * PIECE).to(tl.int64)

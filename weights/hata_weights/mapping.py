@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hata_weights.capture import Sample
 from hata_weights.rotation import SEED
-from hata_weights.train import FIRST_SPREAD, Recipe, draw_batch, sign
+from hata_weights.train import FIRST_SPREAD, Recipe, descend, draw_batch, sign
 
 BITS = 32  # a query head
 RATE = 0.003  # of Adam
@@ -79,9 +79,5 @@ def train_mapping(samples: Sequence[Sample], layer: int, recipe: Recipe) -> Mapp
         scores = mapping(queries, keys)
         if scale is None:
             scale = FIRST_SPREAD / scores.detach().std((1, 2), keepdim=True)
-        logits = scores * (scale * sharpness.exp()) + correction
-        loss = -(target * logits.log_softmax(-1)).sum(-1).mean(1).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, scores * (scale * sharpness.exp()) + correction, target)
     return mapping.requires_grad_(False)

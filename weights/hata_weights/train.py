@@ -102,15 +102,19 @@ def train_layer(samples: Sequence[Sample], layer: int, recipe: Recipe) -> Tensor
         scores = torch.bmm(weights, bits.transpose(1, 2))
         if scale is None:
             scale = FIRST_SPREAD / scores.detach().std((1, 2), keepdim=True)
-        logits = scores * (scale * sharpness.exp()) + correction
-        loss = -(target * logits.log_softmax(-1)).sum(-1).mean(1).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, scores * (scale * sharpness.exp()) + correction, target)
         schedule.step()
     learned = projection.detach().cpu()
     # The magnitudes of columns count where queries are not cut down to signs.
     return _to_int8_alike(learned) if recipe.scoring == reference.ONE_SIDED else to_int8(learned)
+
+
+def descend(optimizer: torch.optim.Optimizer, logits: Tensor, target: Tensor) -> None:
+    """A step towards a softmax of ``logits`` that equals ``target``, both [H, m, n]."""
+    loss = -(target * logits.log_softmax(-1)).sum(-1).mean(1).sum()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 def first_projection(samples: Sequence[Sample], layer: int, bits: int) -> Tensor:
