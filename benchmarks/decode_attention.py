@@ -122,12 +122,14 @@ class Layers:
         order = torch.arange(B * L, device="cuda")
         if scattered:
             order = torch.randperm(B * L, device="cuda", generator=generator)
-        projection = torch.randint(-128, 128, (H, D, case.bits), dtype=torch.int8, device="cuda", generator=generator)
+        projection = torch.randint(
+            -128, 128, (2, H, D, case.bits), dtype=torch.int8, device="cuda", generator=generator
+        )
         k_pools = [normal(slots, H, D) for _ in range(n)]
         codes = []
         for pool in k_pools:
             out = torch.empty((slots, H, case.bits // 32), dtype=torch.int32, device="cuda")
-            codes.append(encode.hash_rows(pool, projection, out))
+            codes.append(encode.hash_rows(pool, projection[reference.KEYS], out))
         slot_table = (order + 1).view(B, L).int()
         return cls(
             case=case,
@@ -250,7 +252,7 @@ class Layers:
         self.step(0)
         case, b = self.case, self.case.batch - 1
         H = case.kv_heads
-        weights = reference.query_weights(self.q[b : b + 1], self.projection, case.scoring)[0]
+        weights = reference.query_weights(self.q[b : b + 1], self.projection[reference.QUERIES], case.scoring)[0]
         planes = reference.query_planes(weights, reference.magnitudes(case.q_heads // H, case.scoring))
         slots = self.slot_table[b].long()
         for h in range(H):

@@ -19,7 +19,7 @@ from hata_kernels.costs import measure_costs
 from hata_kernels.decode import hata_decode_step
 from hata_kernels.launch import INTERPRETED
 from hata_kernels.plan import plan_step
-from hata_kernels.reference import Budget, bins_of, hata_decode, query_weights
+from hata_kernels.reference import QUERIES, Budget, bins_of, hata_decode, query_weights
 from hata_kernels.workspace import DecodeWorkspace
 from sglang_hata import compat
 from sglang_hata.code_cache import PADDING_SLOT
@@ -219,7 +219,7 @@ class HataBackend(AttentionBackend):
     def check_selections(self, layer: int, q: Tensor, slots: list[Tensor], selected: list[Tensor]) -> None:
         """For --hata-verify: compares a layer's selections with the oracle, and counts."""
         codes, config = self.codes.codes[layer], self.config
-        weights = query_weights(q, self.codes.projections[layer], config.scoring)
+        weights = query_weights(q, self.codes.projections[layer][QUERIES], config.scoring)
         farthest = bins_of(q.shape[1] // self.codes.kv_heads, self.codes.bits, config.scoring) - 3
         self.state.selections_checked += len(slots) * self.codes.kv_heads
         self.state.selections_wrong += wrong_selections(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from hata_kernels.reference import WORD_BITS, hash_codes, popcount
+from hata_kernels.reference import KEYS, WORD_BITS, hash_codes, popcount
 from sglang_hata.config import HataError
 
 # Slot 0 takes the writes of padding rows, of several at a time and in no order: nothing ever reads it.
@@ -24,14 +24,14 @@ class CodeCache:
 
     Args:
         slots: slots of the KV pool, the padding slot included.
-        projections: for each such layer, by its global number, [H, D, bits] int8 on the pool's device; H are the
-            KV heads of this rank.
+        projections: for each such layer, by its global number, [2, H, D, bits] int8 on the pool's device, of keys and
+            of queries; H are the KV heads of this rank.
     """
 
     def __init__(self, slots: int, projections: Mapping[int, Tensor]) -> None:
         self.projections = dict(projections)
         first = next(iter(self.projections.values()))
-        self.kv_heads, self.head_dim, self.bits = first.shape
+        _, self.kv_heads, self.head_dim, self.bits = first.shape
         shape = (slots, self.kv_heads, self.bits // 32)
         # Zeros, as the KV pool's own buffers: a key of zeros has a code of zeros, so codes match keys from the start.
         self.codes = {
@@ -59,9 +59,9 @@ class CodeCache:
         if keys.is_cuda:
             from hata_kernels.encode import hash_rows
 
-            hash_rows(keys, self.projections[layer], self.codes[layer], slots)
+            hash_rows(keys, self.projections[layer][KEYS], self.codes[layer], slots)
         else:
-            self.codes[layer][slots] = hash_codes(keys, self.projections[layer])
+            self.codes[layer][slots] = hash_codes(keys, self.projections[layer][KEYS])
         if layer == self.first_layer:
             self.tokens_hashed += slots.numel()
 
@@ -85,7 +85,7 @@ class CodeCache:
         """
         for layer, codes in self.codes.items():
             keys = key_buffer(layer)[slots]
-            wrong = popcount(hash_codes(keys, self.projections[layer]) ^ codes[slots])
+            wrong = popcount(hash_codes(keys, self.projections[layer][KEYS]) ^ codes[slots])
             allowed = 0.0
             if keys.dtype.itemsize == 1:
                 # Keys in fp8 have been rounded since they were hashed, which turns bits whose sum is next to zero. What
@@ -106,7 +106,7 @@ class CodeCache:
         """
         wrong = 0
         for start in range(PADDING_SLOT + 1, keys.shape[0], rows):
-            fresh = hash_codes(keys[start : start + rows], self.projections[layer])
+            fresh = hash_codes(keys[start : start + rows], self.projections[layer][KEYS])
             stored = self.codes[layer][start : start + rows]
             wrong += int((fresh != stored).any(dim=-1).any(dim=-1).sum())
         return wrong

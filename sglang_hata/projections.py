@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hata_kernels.reference import HAMMING
 from hata_weights import artifact, shipped
 from hata_weights.fingerprint import folder_fingerprint
-from hata_weights.rotation import random_rotation
+from hata_weights.rotation import untrained_projection
 from sglang_hata.config import AUTO, HataConfig, HataError
 
 logger = logging.getLogger(__name__)
@@ -84,7 +83,8 @@ def rank_projections(config: HataConfig, model: Any, rank: int, size: int, devic
         rank, size: of attention's tensor parallelism.
 
     Returns:
-        For each layer that HATA serves, by its number: [H, D, bits] int8 on ``device``, H the KV heads of this rank.
+        For each layer that HATA serves, by its number: [2, H, D, bits] int8 on ``device``, of keys and of queries, H
+        the KV heads of this rank.
 
     Raises:
         HataError: the weights folder does not fit the model.
@@ -93,7 +93,7 @@ def rank_projections(config: HataConfig, model: Any, rank: int, size: int, devic
     heads = rank_kv_heads(total, rank, size)
     if config.weights == "none":
         rotations = {
-            layer: torch.stack([random_rotation(layer, head, head_dim, config.bits) for head in heads])
+            layer: untrained_projection(layer, heads, head_dim, config.bits)
             for layer in range(config.dense_layers, layers)
         }
         return {layer: w.to(device) for layer, w in rotations.items()}
@@ -102,7 +102,7 @@ def rank_projections(config: HataConfig, model: Any, rank: int, size: int, devic
         _, projections = artifact.load(Path(config.weights))
     except artifact.ArtifactError as error:
         raise HataError(str(error)) from None
-    return {layer: w[heads].to(device) for layer, w in projections.items() if layer >= config.dense_layers}
+    return {layer: w[:, heads].to(device) for layer, w in projections.items() if layer >= config.dense_layers}
 
 
 def check_identity(config: HataConfig, model: Any) -> None:

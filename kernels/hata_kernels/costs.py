@@ -41,7 +41,7 @@ def measure_costs(
 
     Args:
         k_pools, v_pools, code_caches: of some layers, [S, H, D] and [S, H, W]. Slot 0 is written, the others are read.
-        projections: of the same layers, [H, D, bits] int8.
+        projections: of the same layers, [2, H, D, bits] int8.
         q_heads: query heads.
         dtype: of the queries.
         max_context: the longest context.

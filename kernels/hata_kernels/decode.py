@@ -40,7 +40,7 @@ def hata_decode_step(
         q, k, v: [B, Hq, D], [B, H, D] and [B, H, Dv], bf16 or fp16, after RoPE; last dimension contiguous.
         k_pool, v_pool: [S, H, D] and [S, H, Dv], contiguous; the step's keys and values are written into them.
         code_cache: [S, H, W] int32, contiguous; the codes of the step's keys are written into it.
-        projection: [H, D, bits] int8.
+        projection: [2, H, D, bits] int8, of keys and of queries.
         slot_table: [requests, max_context] int32: the slot of each position (SGLang's req_to_token).
         loc: [B] int32 or int64: the slots of the step's keys.
         sink, recent: the first and last tokens that are always selected.

@@ -20,7 +20,15 @@ from hata_kernels.launch import (
     overlaps_launches,
     wait_for_previous,
 )
-from hata_kernels.reference import MAX_BIASED_EXPONENT, MIN_BIASED_EXPONENT, ONE_SIDED, ROW_EXPONENT, WORD_BITS
+from hata_kernels.reference import (
+    KEYS,
+    MAX_BIASED_EXPONENT,
+    MIN_BIASED_EXPONENT,
+    ONE_SIDED,
+    QUERIES,
+    ROW_EXPONENT,
+    WORD_BITS,
+)
 from hata_kernels.workspace import DecodeWorkspace
 
 MIN_EXPONENT = tl.constexpr(MIN_BIASED_EXPONENT)
@@ -30,6 +38,7 @@ SCALE_EXPONENT = tl.constexpr(2 * 127 + ROW_EXPONENT)
 # 1.5 * 2^23: adding it to |y| < 2^22 rounds y half to even and leaves the integer in the low mantissa bits.
 ROUND_MAGIC = tl.constexpr(12582912.0)
 ROUND_MAGIC_BITS = tl.constexpr(0x4B400000)
+OF_KEYS, OF_QUERIES = tl.constexpr(KEYS), tl.constexpr(QUERIES)
 
 HEAD_DIMS = (64, 96, 128, 256)
 CODE_BITS = (64, 128, 256)
@@ -154,19 +163,22 @@ def hash_decode_step_kernel(
     STORE_KV: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A tile holds BR requests of one KV head, BG rows each: the G queries, the new key, and nothing in the rest."""
+    """A tile holds BR requests of one KV head, BG rows each: the G queries, the new key, and nothing in the rest. A
+    program projects one side of it, the keys or the queries: each has a projection of its own."""
     i_m = tl.program_id(0)
     i_h = tl.program_id(1)
-    i_w = tl.program_id(2)
+    i_w = tl.program_id(2) // 2
+    i_side = tl.program_id(2) % 2
     o_m = tl.arange(0, BR * BG)
     o_request = (i_m * BR + o_m // BG).to(tl.int64)
     o_g = o_m % BG
     o_d = tl.arange(0, BD)
-    m_q = (o_request < batch) & (o_g < G)
-    m_k = (o_request < batch) & (o_g == G)
+    m_q = (o_request < batch) & (o_g < G) & (i_side == OF_QUERIES)
+    m_k = (o_request < batch) & (o_g == G) & (i_side == OF_KEYS)
     m_d = (o_d < D)[None, :]
     o_bit = i_w * (BW * 32) + tl.arange(0, BW * 32)
-    b_p = tl.load(projection + (i_h * D + o_d)[:, None] * BITS + o_bit[None, :], mask=(o_d < D)[:, None], other=0)
+    o_p = (i_side * H + i_h) * D + o_d
+    b_p = tl.load(projection + o_p[:, None] * BITS + o_bit[None, :], mask=(o_d < D)[:, None], other=0)
     wait_for_previous(PDL)
     p_q = q + o_request * q_token_stride + (i_h * G + o_g).to(tl.int64) * q_head_stride
     p_k = k + o_request * k_token_stride + i_h.to(tl.int64) * k_head_stride
@@ -183,33 +195,34 @@ def hash_decode_step_kernel(
     m_r = (o_r < batch)[:, None]
     o_g = tl.arange(0, BG)[None, :, None]
     o_w = (i_w * BW + tl.arange(0, BW))[None, :]
-    b_loc = tl.load(loc + o_r, mask=o_r < batch, other=0).to(tl.int64)
-    b_key = pack(tl.sum(tl.where(o_g == G, b_bit, 0), axis=1), BR, BW)
-    tl.store(code_cache + (b_loc * H + i_h)[:, None] * (BITS // 32) + o_w, b_key, mask=m_r)
-    p_plane = planes + (o_r.to(tl.int64) * H + i_h)[:, None] * ((1 + P) * (BITS // 32)) + o_w
-    if ONE_SIDED:
-        b_weight = tl.sum(tl.where(o_g == 0, b_acc, 0), axis=1)
-        b_unit = (tl.max(tl.abs(b_weight), axis=1) >> 8)[:, None]
-        b_magnitude = tl.zeros([BR, BW * 32], tl.int32)
-        for i_step in tl.static_range(1, 1 << P):
-            b_magnitude += (tl.abs(b_weight) >= b_unit * (((2 * i_step - 1) * 256 + 7) // 14)).to(tl.int32)
+    if i_side == OF_KEYS:
+        b_loc = tl.load(loc + o_r, mask=o_r < batch, other=0).to(tl.int64)
+        b_key = pack(tl.sum(tl.where(o_g == G, b_bit, 0), axis=1), BR, BW)
+        tl.store(code_cache + (b_loc * H + i_h)[:, None] * (BITS // 32) + o_w, b_key, mask=m_r)
+        if STORE_KV:  # noqa: SIM102 (known at compile time)
+            if i_w == 0:
+                b_row = tl.load(loc + o_request, mask=m_k, other=0).to(tl.int64) * H + i_h
+                tl.store(k_pool + b_row[:, None] * D + o_d[None, :], b_k, mask=m_k[:, None] & m_d)
+                o_dv = tl.arange(0, BDV)
+                m_v = m_k[:, None] & (o_dv < DV)[None, :]
+                p_v = v + o_request * v_token_stride + i_h.to(tl.int64) * v_head_stride
+                b_v = tl.load(p_v[:, None] + o_dv[None, :], mask=m_v, other=0.0)
+                tl.store(v_pool + b_row[:, None] * DV + o_dv[None, :], b_v, mask=m_v)
     else:
-        b_weight = 2 * tl.sum(tl.where(o_g < G, b_bit, 0), axis=1) - G
-        b_magnitude = tl.abs(b_weight) >> (1 - G % 2)
-    tl.store(p_plane, pack(((b_weight > 0) & (b_magnitude > 0)).to(tl.int32), BR, BW), mask=m_r)
-    for i_p in tl.static_range(P):
-        b_plane = pack((b_magnitude >> i_p) & 1, BR, BW)
-        tl.store(p_plane + (1 + i_p) * (BITS // 32), b_plane, mask=m_r)
-
-    if STORE_KV:  # noqa: SIM102 (known at compile time)
-        if i_w == 0:
-            b_row = tl.load(loc + o_request, mask=m_k, other=0).to(tl.int64) * H + i_h
-            tl.store(k_pool + b_row[:, None] * D + o_d[None, :], b_k, mask=m_k[:, None] & m_d)
-            o_dv = tl.arange(0, BDV)
-            m_v = m_k[:, None] & (o_dv < DV)[None, :]
-            p_v = v + o_request * v_token_stride + i_h.to(tl.int64) * v_head_stride
-            b_v = tl.load(p_v[:, None] + o_dv[None, :], mask=m_v, other=0.0)
-            tl.store(v_pool + b_row[:, None] * DV + o_dv[None, :], b_v, mask=m_v)
+        p_plane = planes + (o_r.to(tl.int64) * H + i_h)[:, None] * ((1 + P) * (BITS // 32)) + o_w
+        if ONE_SIDED:
+            b_weight = tl.sum(tl.where(o_g == 0, b_acc, 0), axis=1)
+            b_unit = (tl.max(tl.abs(b_weight), axis=1) >> 8)[:, None]
+            b_magnitude = tl.zeros([BR, BW * 32], tl.int32)
+            for i_step in tl.static_range(1, 1 << P):
+                b_magnitude += (tl.abs(b_weight) >= b_unit * (((2 * i_step - 1) * 256 + 7) // 14)).to(tl.int32)
+        else:
+            b_weight = 2 * tl.sum(tl.where(o_g < G, b_bit, 0), axis=1) - G
+            b_magnitude = tl.abs(b_weight) >> (1 - G % 2)
+        tl.store(p_plane, pack(((b_weight > 0) & (b_magnitude > 0)).to(tl.int32), BR, BW), mask=m_r)
+        for i_p in tl.static_range(P):
+            b_plane = pack((b_magnitude >> i_p) & 1, BR, BW)
+            tl.store(p_plane + (1 + i_p) * (BITS // 32), b_plane, mask=m_r)
 
 
 def check_projection(projection: Tensor, device: torch.device) -> tuple[int, int, int]:
@@ -293,7 +306,7 @@ def hash_decode_step(
     Args:
         q, k, v: [B, G * H, D], [B, H, D] and [B, H, Dv], bf16, fp16 or fp32, the same dtype, after RoPE; last
             dimension contiguous.
-        projection: [H, D, bits] int8.
+        projection: [2, H, D, bits] int8, of `reference.KEYS` and of `reference.QUERIES`.
         k_pool, v_pool: [S, H, D] and [S, H, Dv], contiguous, the dtype of ``k``.
         code_cache: [S, H, bits / 32] int32, contiguous; row ``loc[b]`` gets the code of ``k[b]``.
         loc: [B] int32 or int64. Padded rows may share a dummy slot.
@@ -303,7 +316,8 @@ def hash_decode_step(
     Raises:
         ValueError: on a shape, stride, dtype or device that the kernel would misread.
     """
-    H, D, bits = check_projection(projection, q.device)
+    check_tensor("projection", projection, (2, None, None, None), torch.int8, q.device)
+    H, D, bits = check_projection(projection[KEYS], q.device)
     G = workspace.group
     check_tensor("q", q, (None, H * G, D), FLOAT_DTYPES, q.device, contiguous=False)
     B = q.shape[0]
@@ -329,7 +343,7 @@ def hash_decode_step(
     # weights are rounded by the largest of all bits.
     BW = bits // WORD_BITS if one_sided else 1 if rows == FEW_ROWS else min(bits, 128) // WORD_BITS
     BD = triton.next_power_of_2(D)
-    hash_decode_step_kernel[(triton.cdiv(B, BR), H, bits // WORD_BITS // BW)](
+    hash_decode_step_kernel[(triton.cdiv(B, BR), H, 2 * (bits // WORD_BITS // BW))](
         q,
         k,
         v,

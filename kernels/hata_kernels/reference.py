@@ -32,6 +32,8 @@ ROW_EXPONENT = 13
 MIN_BIASED_EXPONENT = 13
 MAX_BIASED_EXPONENT = 254
 
+# A layer's projections, in a tensor [2, H, D, bits]: keys and queries may be projected each in their own way.
+KEYS, QUERIES = 0, 1
 # How queries are compared with codes of keys.
 HAMMING, ONE_SIDED = "hamming", "one-sided"
 # Magnitudes of one-sided weights are rounded to sevenths of the largest: halfway points, in parts of 256.
@@ -128,7 +130,7 @@ def hash_codes(x: Tensor, projection: Tensor) -> Tensor:
     Args:
         x: [N, heads, D] floating point; heads is H for keys or Hq = G * H for queries. Query head h belongs to
             KV head h // G and is hashed with that head's projection.
-        projection: [H, D, bits] int8.
+        projection: [H, D, bits] int8, that of KEYS or of QUERIES.
 
     Returns:
         [N, heads, bits / 32] int32. Bit j of a code is bit j % 32 of word j // 32, set where the projection
@@ -174,7 +176,7 @@ def query_weights(query: Tensor, projection: Tensor, scoring: str = HAMMING) -> 
 
     Args:
         query: [B, Hq, D] floating point.
-        projection: [H, D, bits] int8.
+        projection: [H, D, bits] int8, that of QUERIES.
 
     Returns:
         [B, H, bits] int32: the sign is the bit that the group prefers, the magnitude what a key pays for the other one.
@@ -311,14 +313,14 @@ def hata_decode(
         key_cache, value_cache: [S, H, D] and [S, H, Dv].
         code_cache: [S, H, W] int32.
         slots: for each request, the slots of its cached tokens in order of position, the current one last.
-        projection: [H, D, bits] int8.
+        projection: [2, H, D, bits] int8, that of KEYS and that of QUERIES, which made ``code_cache`` and make planes.
 
     Returns:
         The output [B, Hq, Dv], and for each request the selected positions [H, k] int64.
     """
-    H, _, bits = projection.shape
+    _, H, _, bits = projection.shape
     G = query.shape[1] // H
-    planes = query_planes(query_weights(query, projection, scoring), magnitudes(G, scoring))
+    planes = query_planes(query_weights(query, projection[QUERIES], scoring), magnitudes(G, scoring))
     bins = bins_of(G, bits, scoring)
     kept = budget.plan(torch.tensor([len(request) for request in slots])).tolist()
     head = torch.arange(H, device=query.device).unsqueeze(1)

@@ -73,7 +73,7 @@ class Case:
             q_heads=self.q.shape[1],
             kv_heads=self.k.shape[1],
             head_dim=self.v.shape[2],
-            bits=self.projection.shape[2],
+            bits=self.projection.shape[-1],
             max_context=max_context,
             max_kept=self.budget.largest(max_context),
             device=self.q.device,
@@ -154,8 +154,8 @@ def make_case(
     k_pool[last] = float("nan")
     v_pool[last] = float("nan")
 
-    projection = random_projection(H, D, bits, generator)
-    code_cache = reference_codes(k_pool.nan_to_num(), projection)
+    projection = torch.stack([random_projection(H, D, bits, generator) for _ in ("keys", "queries")])
+    code_cache = reference_codes(k_pool.nan_to_num(), projection[reference.KEYS])
     code_cache[unused] = SENTINEL
     code_cache[last] = SENTINEL
 
@@ -204,19 +204,19 @@ def expected_codes(case: Case) -> Tensor:
     """The code cache after the step, but for slot 0, which belongs to padded rows."""
     codes = case.code_cache.clone()
     B = len(case.slots)
-    codes[case.loc[:B].long()] = reference.hash_codes(case.k[:B], case.projection)
+    codes[case.loc[:B].long()] = reference.hash_codes(case.k[:B], case.projection[reference.KEYS])
     return codes
 
 
 def expected_planes(case: Case) -> Tensor:
     """[B, H, 1 + P, W] int32."""
-    weights = reference.query_weights(case.q, case.projection, case.scoring)
+    weights = reference.query_weights(case.q, case.projection[reference.QUERIES], case.scoring)
     return reference.query_planes(weights, reference.magnitudes(case.group, case.scoring))
 
 
 def expected_ranks(case: Case, codes: Tensor) -> list[Tensor]:
     """[H, L] int32 for each request, given the code cache after the step."""
-    bins = reference.bins_of(case.group, case.projection.shape[2], case.scoring)
+    bins = reference.bins_of(case.group, case.projection.shape[-1], case.scoring)
     return [
         reference.rank(reference.distances(planes, codes[request]), case.sink, case.recent, bins)
         for planes, request in zip(expected_planes(case), case.slots, strict=False)

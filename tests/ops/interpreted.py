@@ -256,7 +256,7 @@ def test_ties_at_the_cut_go_to_the_earliest() -> None:
         generator=seeded(8),
     )
     case.k.copy_(case.k[:1, :1])
-    case.code_cache[:] = reference.hash_codes(case.k[:1], case.projection)[0]
+    case.code_cache[:] = reference.hash_codes(case.k[:1], case.projection[reference.KEYS])[0]
     room = case.workspace()
     poison(room)
     codes = expected_codes(case)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from hata_kernels.reference import (
     HAMMING,
+    KEYS,
     ONE_SIDED,
     Budget,
     Costs,
@@ -268,9 +269,9 @@ def test_whole_step_with_a_full_budget_is_dense_attention() -> None:
     B, H, G, D, S = 2, 2, 2, 8, 20
     q = torch.randn(B, H * G, D, generator=generator)
     k_cache, v_cache = (torch.randn(S, H, D, generator=generator) for _ in range(2))
-    projection = torch.randint(-128, 128, (H, D, 64), generator=generator, dtype=torch.int8)
+    projection = torch.randint(-128, 128, (2, H, D, 64), generator=generator, dtype=torch.int8)
     slots = [torch.tensor([3, 1, 7]), torch.tensor([3, 1, 9, 4, 0])]
-    codes = hash_codes(k_cache, projection)
+    codes = hash_codes(k_cache, projection[KEYS])
     step = {"sink": 1, "recent": 1, "scale": 0.5}
     output, selected = hata_decode(q, k_cache, v_cache, codes, slots, projection, Budget(tokens=100), **step)
     for b, request in enumerate(slots):

@@ -19,7 +19,7 @@ from hata_kernels.reference import (
     select_positions,
 )
 from hata_weights import artifact
-from hata_weights.rotation import random_rotation
+from hata_weights.rotation import random_rotation, untrained_projection
 from sglang_hata import compat
 from sglang_hata.code_cache import CodeCache
 from sglang_hata.config import SCORINGS, HataConfig, HataError
@@ -30,7 +30,7 @@ from sglang_hata.verify import wrong_selections
 
 @pytest.fixture
 def cache() -> CodeCache:
-    projections = {layer: torch.stack([random_rotation(layer, head, 64, 128) for head in range(3)]) for layer in (2, 3)}
+    projections = {layer: untrained_projection(layer, range(3), 64, 128) for layer in (2, 3)}
     return CodeCache(50, projections)
 
 
@@ -115,7 +115,7 @@ def test_tensor_parallel_ranks_hash_their_own_heads(total: int, size: int, heads
     model = SimpleNamespace(num_hidden_layers=3, head_dim=64, get_total_num_kv_heads=lambda: total)
     for index in range(size):
         w = rank_projections(HataConfig(), model, index, size, "cpu")[2]
-        assert torch.equal(w, torch.stack([random_rotation(2, head, 64, 128) for head in heads[index]]))
+        assert torch.equal(w, untrained_projection(2, heads[index], 64, 128))
 
 
 @given(
@@ -131,10 +131,10 @@ def test_the_oracle_accepts_right_selections_and_no_other(
 ) -> None:
     k = min(max(k, sink + max(recent, 1)), L)
     generator = torch.Generator().manual_seed(seed)
-    projection = torch.stack([random_rotation(0, head, 64, 128) for head in range(2)])
+    of_keys, of_queries = (untrained_projection(layer, range(2), 64, 128)[0] for layer in (0, 1))
     keys = torch.randn(60, 2, 64, generator=generator)
-    codes = hash_codes(keys, projection)
-    weights = query_weights(torch.randn(1, 6, 64, generator=generator), projection, scoring)
+    codes = hash_codes(keys, of_keys)
+    weights = query_weights(torch.randn(1, 6, 64, generator=generator), of_queries, scoring)
     slots = torch.randperm(60, generator=generator)[:L]
     bins = bins_of(3, 128, scoring)
     ranks = rank(distances(query_planes(weights, magnitudes(3, scoring))[0], codes[slots]), sink, recent, bins)
@@ -170,7 +170,7 @@ class TestWeightsFolder:
     @pytest.fixture
     def projections(self) -> dict[int, torch.Tensor]:
         rng = np.random.default_rng(0)
-        return {layer: torch.from_numpy(rng.integers(-127, 128, (2, 64, 256), dtype=np.int8)) for layer in (1, 2, 3)}
+        return {layer: torch.from_numpy(rng.integers(-127, 128, (2, 2, 64, 256), dtype=np.int8)) for layer in (1, 2, 3)}
 
     def test_what_is_saved_is_served(self, tmp_path, projections) -> None:
         artifact.save(tmp_path, self.identity, projections)
@@ -179,7 +179,7 @@ class TestWeightsFolder:
         assert all(torch.equal(loaded[layer], projections[layer]) for layer in (1, 2, 3))
         config = HataConfig(weights=str(tmp_path), dense_layers=2)
         served = rank_projections(config, self.model, 1, 2, "cpu")
-        assert sorted(served) == [2, 3] and torch.equal(served[2], projections[2][1:])
+        assert sorted(served) == [2, 3] and torch.equal(served[2], projections[2][:, 1:])
 
     @pytest.mark.parametrize(
         ("change", "sentence"),
@@ -197,7 +197,7 @@ class TestWeightsFolder:
 
     def test_tensors_of_another_folder_are_refused(self, tmp_path, projections) -> None:
         artifact.save(tmp_path / "a", self.identity, projections)
-        artifact.save(tmp_path / "b", self.identity, projections | {1: projections[1].flip(0)})
+        artifact.save(tmp_path / "b", self.identity, projections | {1: projections[1].flip(1)})
         (tmp_path / "b" / artifact.TENSOR_FILE).replace(tmp_path / "a" / artifact.TENSOR_FILE)
         with pytest.raises(artifact.ArtifactError, match=r"is not the file that hata\.json was written for"):
             artifact.load(tmp_path / "a")
@@ -209,7 +209,7 @@ class TestWeightsFolder:
         with pytest.raises(artifact.ArtifactError, match="cannot be read"):
             artifact.load(tmp_path)
         (tmp_path / artifact.IDENTITY_FILE).write_text('{"schema": 7}')
-        with pytest.raises(artifact.ArtifactError, match="has schema 7: this version reads schema 1"):
+        with pytest.raises(artifact.ArtifactError, match="has schema 7: this version reads schema 3"):
             artifact.load(tmp_path)
 
     def test_a_folder_that_is_no_weights_folder_is_refused_like_any_setting(self, tmp_path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from hata_weights import artifact
-from hata_weights.rotation import random_rotation
+from hata_weights.rotation import untrained_projection
 from serving import NEW_TOKENS, Server, assert_same_text, serving
 from sglang_hata.config import HataConfig
 from sglang_hata.cpu import gpu_present
@@ -37,8 +37,9 @@ def test_with_the_whole_context_as_budget_the_text_is_dense(
 ) -> None:
     """Also: a folder of weights, 256 bits, no dense layer and pages of 16 tokens."""
     identity = artifact.Identity(str(model), LAYERS, 0, KV_HEADS, head_dim=64, bits=256, tool="tests")
-    heads = range(KV_HEADS)
-    weights = {i: torch.stack([random_rotation(i + 1, head, 64, 256) for head in heads]) for i in range(LAYERS)}
+    # Of another layer each, and for queries another one than for keys.
+    rotations = [untrained_projection(i, range(KV_HEADS), 64, 256)[0] for i in range(LAYERS + 2)]
+    weights = {i: torch.stack([rotations[i + 1], rotations[i + 2]]) for i in range(LAYERS)}
     artifact.save(tmp_path, identity, weights)
     flags = ["--hata", "--hata-budget", "8192", "--hata-min-context", "0", *PAGES]
     flags += ["--hata-weights", str(tmp_path), "--hata-dense-layers", "0"]

@@ -167,14 +167,13 @@ def test_mistakes_are_one_sentence(
     assert sentence in result.output and "Traceback" not in result.output
 
 
-def test_a_folder_of_schema_1_is_plain_hamming(weights: Path, tmp_path: Path) -> None:
-    old = tmp_path / "old"
-    shutil.copytree(weights, old)
-    values = json.loads((old / artifact.IDENTITY_FILE).read_text())
-    kept = {name: value for name, value in values.items() if name not in artifact.SINCE_SCHEMA_2}
-    (old / artifact.IDENTITY_FILE).write_text(json.dumps(kept | {"schema": 1}))
-    identity, projections = artifact.load(old)
-    assert (identity.scoring, identity.scores, set(projections)) == ("hamming", (), {2})
-    (old / artifact.IDENTITY_FILE).write_text(json.dumps(values | {"scoring": "guess"}))
+def test_another_schema_and_another_scoring_are_refused(weights: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(weights, other)
+    values = json.loads((other / artifact.IDENTITY_FILE).read_text())
+    (other / artifact.IDENTITY_FILE).write_text(json.dumps(values | {"schema": 2}))
+    with pytest.raises(artifact.ArtifactError, match="has schema 2: this version reads schema 3, so train them anew"):
+        artifact.load(other)
+    (other / artifact.IDENTITY_FILE).write_text(json.dumps(values | {"scoring": "guess"}))
     with pytest.raises(artifact.ArtifactError, match="has scoring guess: this version knows hamming and one-sided"):
-        artifact.load(old)
+        artifact.load(other)

@@ -8,11 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from hata_weights import artifact, shipped
 from hata_weights.fingerprint import folder_fingerprint
-from hata_weights.rotation import random_rotation
+from hata_weights.rotation import untrained_projection
 from sglang_hata.config import HataConfig, HataError
 from sglang_hata.projections import check_fingerprint, check_identity, rank_projections, resolve
 from weights.tiny import HEAD_DIM, KV_HEADS, LAYERS, make_model
@@ -37,7 +36,7 @@ def data(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     assert of_tiny
     for name, fingerprint, bits in (("a", "0" * 64, 128), ("b", of_tiny, 64), ("c", of_tiny, 128)):
         identity = artifact.Identity(name, LAYERS, 2, KV_HEADS, HEAD_DIM, bits, "tests", scoring="one-sided")
-        rotation = torch.stack([random_rotation(2, head, HEAD_DIM, bits) for head in range(KV_HEADS)])
+        rotation = untrained_projection(2, range(KV_HEADS), HEAD_DIM, bits)
         artifact.save(tmp_path / name, replace(identity, fingerprint=fingerprint), {2: rotation})
     monkeypatch.setattr(shipped, "DATA", tmp_path)
     return tmp_path
@@ -49,7 +48,7 @@ def test_auto_finds_the_weights_of_this_very_model(data: Path, served: SimpleNam
     assert (config.weights, config.scoring) == (str(data / name), "one-sided")
     check_identity(config, served)
     check_fingerprint(config, served)
-    assert rank_projections(config, served, 0, 1, "cpu")[2].shape == (KV_HEADS, HEAD_DIM, bits)
+    assert rank_projections(config, served, 0, 1, "cpu")[2].shape == (2, KV_HEADS, HEAD_DIM, bits)
     assert resolve(config, served) == config
     assert resolve(HataConfig(weights="auto", scoring="hamming", bits=bits), served).scoring == "hamming"
 

@@ -23,7 +23,7 @@ from hata_weights.evaluate import (
     methods,
     summarise,
 )
-from hata_weights.rotation import random_rotation
+from hata_weights.rotation import untrained_projection
 from hata_weights.train import Recipe, draw_batch, first_projection, mean_attention, train_layer
 
 H, G, D, N = 2, 3, 32, 1024
@@ -53,7 +53,7 @@ def masses(compared: list[Method]) -> dict[str, float]:
 
 def test_training_beats_random_rotations(trained: tuple[str, Tensor]) -> None:
     scoring, weights = trained
-    rotation = torch.stack([random_rotation(5, head, D, 64) for head in range(H)])
+    rotation = untrained_projection(5, range(H), D, 64)
     kept = masses(
         [
             Method("trained", 8, lambda sample, _: codes(sample, weights, scoring)),
@@ -76,20 +76,26 @@ def test_nothing_beats_the_best_possible_choice(trained: tuple[str, Tensor]) -> 
     assert kept[BEST] >= kept[EXACT] >= max(mass for name, mass in kept.items() if name not in (BEST, EXACT))
 
 
+def different_projections(bits: int) -> Tensor:
+    """One for keys and another for queries."""
+    return torch.stack([untrained_projection(layer, range(H), D, bits)[0] for layer in (0, 1)])
+
+
 @pytest.mark.parametrize("scoring", ["hamming", "one-sided"])
 def test_choices_are_those_of_the_specification(scoring: str) -> None:
     sample = synthetic(4)
-    projection = torch.stack([random_rotation(0, head, D, 128) for head in range(H)])
+    projection = different_projections(128)
     score = codes(sample, projection, scoring)
     queries = sample.queries.unflatten(0, (H, G))[:, :, :QUERIES_AT_ONCE]
     positions = sample.positions[:QUERIES_AT_ONCE]
     attention = mean_attention(queries, sample.keys, positions, sample.scale)
     choice = Choice(attention, positions, 4, 16)
     mass, order = choice.of(score(queries, sample.keys))
-    key_codes = reference.hash_codes(sample.keys.transpose(0, 1), projection)
+    key_codes = reference.hash_codes(sample.keys.transpose(0, 1), projection[reference.KEYS])
     for m in (0, 17):
         length, k = int(positions[m]) + 1, int(choice.counts[-1, m])
-        weights = reference.query_weights(queries[:, :, m].reshape(1, H * G, D), projection, scoring)[0]
+        rows = queries[:, :, m].reshape(1, H * G, D)
+        weights = reference.query_weights(rows, projection[reference.QUERIES], scoring)[0]
         planes = reference.query_planes(weights, reference.magnitudes(G, scoring))
         ranks = reference.rank(
             reference.distances(planes, key_codes[:length]), 4, 16, reference.bins_of(G, 128, scoring)
@@ -172,12 +178,13 @@ def test_columns_start_at_right_angles_to_what_all_keys_share() -> None:
 @pytest.mark.parametrize("scoring", ["hamming", "one-sided"])
 def test_codes_are_scored_exactly(scoring: str) -> None:
     sample = synthetic(8)
-    projection = torch.stack([random_rotation(1, head, D, 64) for head in range(H)])
+    projection = different_projections(64)
     queries = sample.queries.unflatten(0, (H, G))[:, :, :3]
     scores = codes(sample, projection, scoring)(queries, sample.keys)
-    words = reference.hash_codes(sample.keys.transpose(0, 1), projection)
+    words = reference.hash_codes(sample.keys.transpose(0, 1), projection[reference.KEYS])
     bins = reference.bins_of(G, 64, scoring)
     for m in range(3):
-        weights = reference.query_weights(queries[:, :, m].reshape(1, H * G, D), projection, scoring)[0]
+        rows = queries[:, :, m].reshape(1, H * G, D)
+        weights = reference.query_weights(rows, projection[reference.QUERIES], scoring)[0]
         distance = reference.distances(reference.query_planes(weights, reference.magnitudes(G, scoring)), words)
         assert torch.equal(-scores[:, m].to(torch.int32), (distance + 1).clamp(max=bins - 2))

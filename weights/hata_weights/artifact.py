@@ -3,7 +3,7 @@
 A folder without an identity, of another shape, or whose tensors are not the ones that the identity was written
 for is refused: a wrong projection would still run, and choose badly without a word.
 
-Schema 2 adds what the weights were trained on and for; folders of schema 1 are read as untrained Hamming codes.
+Schema 3 has a projection for queries beside that for keys, which earlier ones, never released, had not.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ from torch import Tensor
 
 from hata_kernels import reference
 
-SCHEMA = 2
-SCHEMAS = (1, 2)
+SCHEMA = 3
 SCORINGS = (reference.HAMMING, reference.ONE_SIDED)
-SINCE_SCHEMA_2 = ("scoring", "fingerprint", "data", "scores")
 IDENTITY_FILE = "hata.json"
 TENSOR_FILE = "projection.safetensors"
 
@@ -42,7 +40,7 @@ class Identity:
         layers: the model's number of layers.
         dense_layers: the first layers, for which there are no weights.
         kv_heads: KV heads of the whole model, whatever the tensor parallelism.
-        head_dim, bits: the shape of one projection.
+        head_dim, bits: the shape of a KV head's projection.
         tool: who wrote it, with version.
         sha256: of the tensor file; filled in by `save`.
         scoring: how queries are compared with codes, "hamming" or "one-sided" (`reference.query_weights`).
@@ -67,7 +65,7 @@ class Identity:
 
 
 def save(folder: Path, identity: Identity, projections: Mapping[int, Tensor]) -> None:
-    """Writes one int8 tensor [kv_heads, head_dim, bits] a layer, and the identity last.
+    """Writes one int8 tensor [2, kv_heads, head_dim, bits] a layer, and the identity last.
 
     Raises:
         ArtifactError: layers or shapes that the identity does not announce.
@@ -94,11 +92,10 @@ def load_identity(folder: Path) -> Identity:
         raise ArtifactError(f"{folder} holds no {IDENTITY_FILE}: give a folder of hash weights.") from None
     except (ValueError, OSError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}): write the weights anew.") from None
-    if not isinstance(read, dict) or read.get("schema") not in SCHEMAS:
+    if not isinstance(read, dict) or read.get("schema") != SCHEMA:
         schema = read.get("schema") if isinstance(read, dict) else None
-        raise ArtifactError(f"{path} has schema {schema}: this version reads schema 1 and 2.")
-    since = SINCE_SCHEMA_2 if read["schema"] == 1 else ()
-    names = [field.name for field in fields(Identity) if field.name not in since]
+        raise ArtifactError(f"{path} has schema {schema}: this version reads schema {SCHEMA}, so train them anew.")
+    names = [field.name for field in fields(Identity)]
     if missing := [name for name in names if name not in read]:
         raise ArtifactError(f"{path} lacks {', '.join(missing)}: write the weights anew.")
     values: dict[str, Any] = {name: tuple(read[name]) if name == "scores" else read[name] for name in names}
@@ -109,7 +106,11 @@ def load_identity(folder: Path) -> Identity:
 
 
 def load(folder: Path) -> tuple[Identity, dict[int, Tensor]]:
-    """Reads identity and projections, [kv_heads, head_dim, bits] int8 a layer, and checks one against the other.
+    """Reads identity and projections, and checks one against the other.
+
+    Returns:
+        The identity, and for each layer [2, kv_heads, head_dim, bits] int8, of keys and of queries.
+
 
     Raises:
         ArtifactError: as `load_identity`, or the tensors are missing or are not those of the identity.
@@ -133,7 +134,7 @@ def check_projections(folder: Path, identity: Identity, projections: Mapping[int
             f"The hash weights in {folder} cover layers {sorted(projections)}, not {identity.dense_layers} to "
             f"{identity.layers - 1}: write them anew."
         )
-    shape = (identity.kv_heads, identity.head_dim, identity.bits)
+    shape = (2, identity.kv_heads, identity.head_dim, identity.bits)
     for layer, w in projections.items():
         if tuple(w.shape) != shape or w.dtype != torch.int8:
             raise ArtifactError(

@@ -17,7 +17,7 @@ from torch import Tensor
 from hata_kernels import reference
 from hata_weights.artifact import Identity
 from hata_weights.capture import Sample, Shape
-from hata_weights.rotation import random_rotation
+from hata_weights.rotation import untrained_projection
 from hata_weights.train import mean_attention
 
 BUDGETS = (128, 64, 32, 16)  # one token in ...
@@ -114,18 +114,18 @@ def codes(sample: Sample, projection: Tensor, scoring: str) -> Score:
     """Codes of `reference`, ranked as a server ranks them.
 
     Args:
-        projection: [H, D, bits] int8.
+        projection: [2, H, D, bits] int8, of keys and of queries.
         scoring: `reference.HAMMING` or `reference.ONE_SIDED`.
     """
     projection = projection.to(sample.keys.device)
-    H, _, bits = projection.shape
-    words = reference.hash_codes(sample.keys.transpose(0, 1), projection)
+    _, H, _, bits = projection.shape
+    words = reference.hash_codes(sample.keys.transpose(0, 1), projection[reference.KEYS])
     signs = (2 * reference.unpack_bits(words) - 1).to(torch.float32)
     bins = reference.bins_of(len(sample.queries) // H, bits, scoring)
 
     def score(queries: Tensor, keys: Tensor) -> Tensor:
-        weights = reference.query_weights(queries.flatten(0, 1).transpose(0, 1), projection, scoring)
-        weights = weights.to(torch.float32)
+        rows = queries.flatten(0, 1).transpose(0, 1)
+        weights = reference.query_weights(rows, projection[reference.QUERIES], scoring).to(torch.float32)
         # `reference.distances` for all queries at once; integers below 2^24 are exact in float32.
         agreement = torch.einsum("mhj,nhj->hmn", weights, signs)
         distance = (weights.abs().sum(-1).T.unsqueeze(-1) - agreement) / 2
@@ -137,8 +137,7 @@ def codes(sample: Sample, projection: Tensor, scoring: str) -> Score:
 def _untrained(bits: int) -> Callable[[Sample, int], Score]:
     def prepare(sample: Sample, layer: int) -> Score:
         H, _, D = sample.keys.shape
-        rotation = torch.stack([random_rotation(layer, head, D, bits) for head in range(H)])
-        return codes(sample, rotation, reference.HAMMING)
+        return codes(sample, untrained_projection(layer, range(H), D, bits), reference.HAMMING)
 
     return prepare
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,12 @@ def random_rotation(layer: int, kv_head: int, head_dim: int, bits: int) -> Tenso
         rotations.append(q * r.diagonal().sign())  # the sign makes the rotation uniform (Haar)
     columns = torch.cat(rotations, dim=1)[:, :bits]
     return to_int8(columns)
+
+
+def untrained_projection(layer: int, kv_heads: Iterable[int], head_dim: int, bits: int) -> Tensor:
+    """The rotations of some KV heads of a layer, for keys and for queries alike: [2, heads, head_dim, bits] int8."""
+    rotation = torch.stack([random_rotation(layer, head, head_dim, bits) for head in kv_heads])
+    return torch.stack([rotation, rotation])
 
 
 def to_int8(columns: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Learns the projections of one layer, all its KV heads at once, from its queries and keys.
+"""Learns the two projections of one layer, of keys and of queries, all KV heads at once.
 
 The codes' scores are distilled from exact attention: a softmax over the scores of the keys is held to the KV head's
 attention, averaged over its query heads, by cross-entropy. Signs let gradients through near zero (straight-through).
@@ -6,8 +6,8 @@ A step looks at few queries and, of the keys, at those with the most attention a
 share of the softmax is corrected for. Every other step leaves out the sinks and recent tokens, which a server selects
 whatever their score; the steps between let codes serve with other settings of these.
 
-Nothing more is learned than a projection. On SmolLM2 a projection of the queries' own and the keys' norms beside the
-codes would each keep half a point more of exact q.k's mass, a bias for each bit less: see weights/README.md.
+Nothing more is learned. On SmolLM2 the keys' norms beside the codes, or a bias for each bit, would add less than half a
+point each: see weights/README.md.
 """
 
 from __future__ import annotations
@@ -79,14 +79,15 @@ def train_layer(samples: Sequence[Sample], layer: int, recipe: Recipe) -> Tensor
         layer: its number, which seeds the random numbers.
 
     Returns:
-        [H, D, bits] int8, on the CPU.
+        [2, H, D, bits] int8, of keys and of queries, on the CPU.
     """
     H = samples[0].keys.shape[0]
     device = samples[0].keys.device
     draw = torch.Generator(device).manual_seed(SEED + layer)
-    projection = first_projection(samples, layer, recipe.bits).requires_grad_()
+    of_keys = first_projection(samples, layer, recipe.bits).requires_grad_()
+    of_queries = of_keys.detach().clone().requires_grad_()
     sharpness = torch.zeros(H, 1, 1, device=device, requires_grad=True)
-    optimizer = torch.optim.Adam([projection, sharpness], lr=recipe.rate)
+    optimizer = torch.optim.Adam([of_keys, of_queries, sharpness], lr=recipe.rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 10) * (1 + math.cos(math.pi * step / recipe.steps)) / 2
     )
@@ -94,19 +95,20 @@ def train_layer(samples: Sequence[Sample], layer: int, recipe: Recipe) -> Tensor
     for step in range(recipe.steps):
         sample = samples[step % len(samples)]
         target, queries, keys, correction = draw_batch(sample, recipe, step // len(samples), draw)
-        bits = sign(torch.bmm(keys, projection))
+        bits = sign(torch.bmm(keys, of_keys))
         if recipe.scoring == reference.ONE_SIDED:
-            weights = torch.bmm(queries.sum(1), projection)
+            weights = torch.bmm(queries.sum(1), of_queries)
         else:
-            weights = sign(torch.einsum("hgmd,hdj->hgmj", _unit(queries), projection)).sum(1)
+            weights = sign(torch.einsum("hgmd,hdj->hgmj", _unit(queries), of_queries)).sum(1)
         scores = torch.bmm(weights, bits.transpose(1, 2))
         if scale is None:
             scale = FIRST_SPREAD / scores.detach().std((1, 2), keepdim=True)
         descend(optimizer, scores * (scale * sharpness.exp()) + correction, target)
         schedule.step()
-    learned = projection.detach().cpu()
     # The magnitudes of columns count where queries are not cut down to signs.
-    return _to_int8_alike(learned) if recipe.scoring == reference.ONE_SIDED else to_int8(learned)
+    rounded = _to_int8_alike if recipe.scoring == reference.ONE_SIDED else to_int8
+    learned = {reference.KEYS: to_int8(of_keys.detach().cpu()), reference.QUERIES: rounded(of_queries.detach().cpu())}
+    return torch.stack([learned[side] for side in sorted(learned)])
 
 
 def descend(optimizer: torch.optim.Optimizer, logits: Tensor, target: Tensor) -> None:
