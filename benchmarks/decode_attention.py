@@ -27,7 +27,7 @@ from hata_kernels.decode import hata_decode_step
 from hata_kernels.reference import Budget
 from hata_kernels.workspace import DecodeWorkspace
 
-SINK, RECENT = 16, 64
+SINK, RECENT = 4, 16
 COLD_BYTES = 256 * 2**20  # read between two visits of the same layer: five times the L2 cache of an H100
 REPLAYS = 30
 POOL_BYTES = 40 * 2**30

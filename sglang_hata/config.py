@@ -68,11 +68,11 @@ FLAGS = (
         "N",
         "The first N layers attend to everything, as their attention is spread over all tokens. Default 2.",
     ),
-    Flag("hata_sink", "N", "Always attend to the first N tokens, inside the budget. Default 16."),
+    Flag("hata_sink", "N", "Always attend to the first N tokens, inside the budget. Default 4."),
     Flag(
         "hata_recent",
         "N",
-        "Always attend to the last N tokens, inside the budget; the current token is always kept. Default 64.",
+        "Always attend to the last N tokens, inside the budget; the current token is always kept. Default 16.",
     ),
     Flag(
         "hata_min_context",
@@ -113,8 +113,8 @@ class HataConfig:
     scoring: str = "hamming"
     weights: str = "none"
     dense_layers: int = 2
-    sink: int = 16
-    recent: int = 64
+    sink: int = 4
+    recent: int = 16
     min_context: int | None = None
     verify: bool = False
 

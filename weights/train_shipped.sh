@@ -31,7 +31,7 @@ for bits; do
       --out "$weights" "${resume[@]}"
   fi
   for text in "$texts"/evaluate/*; do
-    for setting in "16 64" "0 0"; do
+    for setting in "4 16" "0 0"; do
       read -r sink recent <<< "$setting"
       table=$out/$name-$bits-$(basename "${text%.*}")-$sink-$recent
       [ ! -e "$table.txt" ] || continue

@@ -34,8 +34,8 @@ def test_what_is_not_a_budget(text: str) -> None:
         ({"hata_recent": "1.5"}, "--hata-recent 1.5 is not a whole number"),
         ({"hata_min_context": "1e12"}, "--hata-min-context 1e12 is not a whole number"),
         ({"hata_dense_layers": True}, "--hata-dense-layers True is not a whole number"),
-        ({"hata_budget": "79"}, "has no room for 16 sink and 64 recent tokens"),
-        ({"hata_budget": "16", "hata_recent": "0"}, "has no room for 16 sink and 1 recent tokens"),
+        ({"hata_budget": "19"}, "has no room for 4 sink and 16 recent tokens"),
+        ({"hata_budget": "4", "hata_recent": "0"}, "has no room for 4 sink and 1 recent tokens"),
         ({"hata_weights": "/no/such/folder"}, "--hata-weights /no/such/folder is not a folder"),
         ({"hata_scoring": "auto"}, "--hata-scoring auto is not a score: choose hamming or one-sided."),
         ({"hata_weights": "/", "hata_bits": "256"}, "--hata-bits 256 has no effect with --hata-weights /"),
@@ -82,5 +82,5 @@ def test_flags_and_keywords_give_the_same_config() -> None:
     keywords = {"hata": True, "hata_budget": "1.6%", "hata_bits": 256, "hata_sink": 0}
     config = HataConfig.from_options(flags)
     assert config == HataConfig.from_options(keywords)
-    assert config is not None and config.budget_rule().share_ppm == 16_000 and config.floor == 64
+    assert config is not None and config.budget_rule().share_ppm == 16_000 and config.floor == 16
     assert HataConfig(**config.to_dict()) == config

@@ -41,7 +41,7 @@ def test_train_writes_an_artefact_with_its_scores(weights: Path, tiny: Path) -> 
     assert set(layers) == {LAYERS - 1} and (identity.layers, identity.kv_heads, identity.bits) == (LAYERS, 2, 128)
     assert identity.fingerprint and identity.data and identity.model == tiny.name
     assert {row["budget"] for row in identity.scores} == {"1/128", "1/64", "1/32", "1/16"}
-    assert [(row["sink"], row["recent"]) for row in identity.scores[::4]] == [(0, 1), (16, 64)]
+    assert [(row["sink"], row["recent"]) for row in identity.scores[::4]] == [(0, 1), (4, 16)]
     for row in identity.scores:
         assert row["best_mass"] >= row["exact_mass"] > 0 and row["bytes_per_token"] == 16 and row["tokens"] == 512
     assert not (weights / jobs.PARTIAL).exists()

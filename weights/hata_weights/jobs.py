@@ -43,7 +43,7 @@ PARTIAL, PLAN = "partial", "plan.json"
 TRAINING_QUERIES, TEST_QUERIES = 1024, 128
 TOLERANCE = 0.02
 # Sinks and recent tokens. Scores are recorded as the server selects by default, and with all but the current token
-# selected by score: in short contexts, small budgets are little more than the default's 80 tokens.
+# selected by score.
 BY_SCORE = (0, 1)
 SETTINGS = (BY_SCORE, (Recipe.sink, Recipe.recent))
 

@@ -48,8 +48,8 @@ class Recipe:
     queries: int = 16
     keys: int = 2048
     rate: float = 0.02
-    sink: int = 16
-    recent: int = 64
+    sink: int = 4
+    recent: int = 16
 
 
 class _Sign(torch.autograd.Function):
