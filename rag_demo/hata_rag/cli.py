@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
@@ -19,26 +17,11 @@ from hata_rag import server as background
 from hata_rag.answer import Options, answer, prepare
 from hata_rag.client import Client
 from hata_rag.embed import Embedder
-from hata_rag.errors import BROKEN_PIPE, INTERRUPTED, BadRequestError, NothingToReadError
+from hata_rag.errors import BadRequestError, NothingToReadError
 from hata_rag.home import Home
 from hata_rag.indexing import REFERENCE, Indexer, Summary
 from hata_rag.store import Store
-
-
-class Commands(click.Group):
-    """A group in which Ctrl-C and a closed pipe end quietly, with the exit codes of a shell."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            click.echo(err=True)
-            ctx.exit(INTERRUPTED)
-        except BrokenPipeError:
-            # Python flushes stdout once more when it exits: let that go nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(BROKEN_PIPE)
-
+from hata_weights.console import Commands
 
 home_option = click.option(
     "--home",

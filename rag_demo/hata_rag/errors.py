@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import click
 
-INTERRUPTED = 130
-BROKEN_PIPE = 141
-
 
 class RagError(click.ClickException):
     """A mistake or a failure that a person can act on; click prints its message without a traceback."""

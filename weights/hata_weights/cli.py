@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hata_weights.errors import BROKEN_PIPE, INTERRUPTED, RETRAIN, MisfitError, RequestError
+from hata_weights.console import Commands
+from hata_weights.errors import RETRAIN, MisfitError, RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,21 +25,6 @@ DEFAULT_TOKENS = 8192
 DEFAULT_SEQUENCES = 4
 MOST = 4096  # tokens of which a budget may take one
 PATHS = ("--text", "--test", "--hashattention")
-
-
-class Commands(click.Group):
-    """A group in which Ctrl-C and a closed pipe end quietly, with the exit codes of a shell."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            click.echo(err=True)
-            ctx.exit(INTERRUPTED)
-        except BrokenPipeError:
-            # Python flushes stdout once more when it exits: let that go nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(BROKEN_PIPE)
 
 
 class ManyPaths(click.Command):

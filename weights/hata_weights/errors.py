@@ -10,8 +10,6 @@ from __future__ import annotations
 import click
 
 RETRAIN = 1
-INTERRUPTED = 130
-BROKEN_PIPE = 141
 
 
 class WeightsError(click.ClickException):
