@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,17 +26,20 @@ def client(fake: FakeServer) -> Iterator[Client]:
 
 
 @pytest.mark.parametrize("incremental", [False, True])
-def test_streams_new_text_and_figures(fake: FakeServer, client: Client, incremental: bool) -> None:
+def test_streams_new_text_and_figures(
+    fake: FakeServer, client: Client, incremental: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake.incremental = incremental
-    fake.delay = 0.01
+    clock = iter([10.0, 10.5, 10.75])  # the question, the first token, the second
+    monkeypatch.setattr("hata_rag.client.time", SimpleNamespace(monotonic=clock.__next__))
     generation = client.generate([65, 66], 5, 0.0, client.info().incremental)
     assert list(generation) == fake.pieces
     assert fake.prompts == ["AB"]
     assert generation.figures.prompt_tokens == 2
     assert generation.figures.cached_tokens == 7
     assert generation.figures.completion_tokens == 2
-    assert generation.figures.seconds_to_first_token >= 0.01
-    assert 0 < (generation.figures.tokens_per_second or 0) < 100
+    assert generation.figures.seconds_to_first_token == 0.5
+    assert generation.figures.tokens_per_second == 4
 
 
 def test_counters_are_summed_over_workers(fake: FakeServer, client: Client) -> None:
