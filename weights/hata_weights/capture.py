@@ -7,7 +7,7 @@ holds one layer's whatever the model. Queries come from the second half of each 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +195,7 @@ def query_positions(length: int, queries: int) -> Tensor:
     return torch.linspace(half, length - 1, min(queries, length - half)).round().to(torch.int64)
 
 
-def capture(decoder: Decoder, tokens: Tensor, folder: Path, layers: range, queries: int) -> None:
+def capture(decoder: Decoder, tokens: Tensor, folder: Path, layers: Container[int], queries: int) -> None:
     """Writes one sequence's `Sample` of every layer, in bfloat16, as keys are cached.
 
     Args:

@@ -72,7 +72,7 @@ def methods(shape: Shape, trained: tuple[Identity, Mapping[int, Tensor]] | None 
         Method(EXACT, 2 * D, lambda sample, _: lambda queries, keys: torch.bmm(queries.sum(1), keys.transpose(1, 2))),
         Method("Quest", 4 * D / QUEST_PAGE, lambda sample, _: quest),
         Method("Loki", 2 * (D // 4), lambda sample, _: loki(sample)),
-        *(Method(f"Hamming {bits}, untrained", bits / 8, _untrained(bits)) for bits in (128, 256)),
+        *(untrained(bits) for bits in (128, 256)),
     ]
     if trained is not None:
         identity, layers = trained
@@ -134,12 +134,19 @@ def codes(sample: Sample, projection: Tensor, scoring: str) -> Score:
     return score
 
 
-def _untrained(bits: int) -> Callable[[Sample, int], Score]:
+def untrained(bits: int) -> Method:
+    """Hamming codes of random rotations."""
+
     def prepare(sample: Sample, layer: int) -> Score:
         H, _, D = sample.keys.shape
         return codes(sample, untrained_projection(layer, range(H), D, bits), reference.HAMMING)
 
-    return prepare
+    return Method(f"Hamming {bits}, untrained", bits / 8, prepare)
+
+
+def rule(budget: int, sink: int, recent: int) -> reference.Budget:
+    """The server's rule for one token in ``budget``."""
+    return reference.Budget(share_ppm=-(-1_000_000 // budget), floor=sink + max(recent, 1))
 
 
 def evaluate_layer(
@@ -203,8 +210,8 @@ class Choice:
         self.attention = attention
         self.future = everywhere > positions.unsqueeze(1)
         self.forced = ((everywhere < sink) | (everywhere > positions.unsqueeze(1) - recent)) & ~self.future
-        rules = [reference.Budget(share_ppm=-(-1_000_000 // budget), floor=sink + recent) for budget in budgets]
-        self.counts = torch.stack([rule.of(positions + 1) for rule in rules])  # [budgets, m]
+        kept = [rule(budget, sink, recent).of(positions + 1) for budget in budgets]
+        self.counts = torch.stack(kept)  # [budgets, m]
 
     def of(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The mass [H, budgets, m] that the highest scores [H, m, N] hold, and their positions in order of rank."""
