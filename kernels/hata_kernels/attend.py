@@ -16,8 +16,10 @@ from torch import Tensor
 from hata_kernels.launch import FLOAT8_DTYPES, KV_DTYPES, check_tensor, dot, overlaps_launches, wait_for_previous
 from hata_kernels.workspace import PIECE, DecodeWorkspace
 
-# Tokens whose keys and values a program loads at a time, and how many such loads are in flight.
-BLOCK, STAGES = 64, 3
+# Tokens whose keys and values a program loads at a time, up to head_dim 128, and its warps. Long chunks, of layers that
+# attend to everything, gain from large loads; short ones from an early first load.
+SHORT, LONG = (64, 4), (128, 8)
+STAGES = 3  # of the loop: slots are loaded two rounds ahead, keys and values one
 # Query rows of a tile: the fewest that tensor cores take.
 MIN_ROWS = 16
 # Chunks whose partial outputs, and whose softmax sums, are loaded at a time.
@@ -189,6 +191,7 @@ def attend(
     if B == 0:
         return out
     BG, BDV = triton.next_power_of_2(G), triton.next_power_of_2(DV)
+    block, warps = LONG if everything else SHORT
     attend_kernel[(workspace.pieces(B)[1] * H,)](
         q,
         k_pool,
@@ -214,13 +217,13 @@ def attend(
         BDV=BDV,
         BG=BG,
         BM=max(MIN_ROWS, BG),
-        BT=BLOCK,
+        BT=block if D <= 128 else block // 2,
         BC=MERGE_CHUNKS,
         BL=MERGE_SUMS,
         PIECE=PIECE,
         STAGES=STAGES,
         PDL=overlaps_launches(device),
         launch_pdl=overlaps_launches(device),
-        num_warps=4,
+        num_warps=warps,
     )
     return out

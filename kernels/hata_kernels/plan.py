@@ -26,9 +26,9 @@ from hata_kernels.workspace import MIN_CHUNK, PIECE, REQUEST, DecodeWorkspace
 PPM = tl.constexpr(1_000_000)
 # A program of this kernel describes as many pieces as make such a matrix with the requests, and at least the fewest.
 MATRIX, FEWEST = 1024, 16
-# Tokens of a share, in blocks, and of a chunk, that are enough for one program. Only where there are more is the work
-# cut into more pieces: each costs the launches after it some time.
-FULL_SHARE_BLOCKS, FULL_CHUNK = 8, 1024
+# Blocks of a share that are enough for one program. Only where there are more is the work cut into more shares: each
+# costs the launches after it some time.
+FULL_SHARE_BLOCKS = 8
 
 
 @triton.jit
@@ -97,9 +97,7 @@ def plan_kernel(
     FULL_SHARE: tl.constexpr,
     SHARE_BLOCK: tl.constexpr,
     MAX_SHARE: tl.constexpr,
-    FEW_CHUNKS: tl.constexpr,
-    MANY_CHUNKS: tl.constexpr,
-    FULL_CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
     CHUNK_BLOCK: tl.constexpr,
     PIECE: tl.constexpr,
     REQUEST: tl.constexpr,
@@ -122,12 +120,11 @@ def plan_kernel(
     i_list = tl.program_id(1)
     b_tokens = tl.where(i_list == 0, b_scored, tl.where(i_list == 1, b_kept, b_length))
     heads = tl.where(i_list == 0, 1, H)
-    few = tl.where(i_list == 0, FEW_SHARES, FEW_CHUNKS)
-    many = tl.where(i_list == 0, MANY_SHARES, MANY_CHUNKS)
-    full = tl.where(i_list == 0, FULL_SHARE, FULL_CHUNK)
+    few = tl.where(i_list == 0, FEW_SHARES, CHUNKS)
+    many = tl.where(i_list == 0, MANY_SHARES, CHUNKS)
     block = tl.where(i_list == 0, SHARE_BLOCK, CHUNK_BLOCK)
     most = tl.where(i_list == 0, MAX_SHARE, 1 << 30)
-    b_pieces = pieces_of(b_tokens, heads, batch, few, many, full, block, most)
+    b_pieces = pieces_of(b_tokens, heads, batch, few, many, FULL_SHARE, block, most)
     if (i_list == 0) & (tl.program_id(0) == 0):
         b_last = tl.cumsum(b_pieces, axis=0)
         tl.store(kept + o_b, b_kept.to(tl.int32), mask=m_b)
@@ -213,9 +210,7 @@ def plan_step(seq_lens: Tensor, req_rows: Tensor, workspace: DecodeWorkspace, bu
         FULL_SHARE=FULL_SHARE_BLOCKS * grid.share_block,
         SHARE_BLOCK=grid.share_block,
         MAX_SHARE=grid.max_share,
-        FEW_CHUNKS=grid.few_chunks,
-        MANY_CHUNKS=grid.many_chunks,
-        FULL_CHUNK=FULL_CHUNK,
+        CHUNKS=grid.chunks,
         CHUNK_BLOCK=MIN_CHUNK,
         PIECE=PIECE,
         REQUEST=REQUEST,

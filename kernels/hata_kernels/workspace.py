@@ -19,9 +19,9 @@ PIECE, REQUEST = 8, 4
 MAX_SHARE = 2**15 - 1
 # Selected tokens in the smallest piece of work of the attention kernel.
 MIN_CHUNK = 64
-# Programs of the score and of the attention kernel for every multiprocessor, where there is little to do and where
-# there is much: loads of some cover the arithmetic of others. A multiprocessor has room for four of each.
-FEW_PROGRAMS, MANY_PROGRAMS = 2, 4
+# Programs of the score kernel for every multiprocessor, where there is little to do and where there is much, and of the
+# attention kernel. A multiprocessor has room for more, but those that find no work cost the others time.
+FEW_SHARES, MANY_SHARES, CHUNKS = 1, 2, 2
 # Warps of the compaction, each a program, for every multiprocessor, which has room for 32.
 COMPACT_PROGRAMS = 30
 # Warps of a score program, and code words that it holds at a time: 16 registers for each thread.
@@ -43,7 +43,7 @@ class Grid:
         share_block: tokens that one reads at a time; a share is a multiple of it.
         max_share: the most tokens of a share.
         head_block: KV heads that one works on, a power of two.
-        few_chunks, many_chunks: programs of the attention kernel, likewise.
+        chunks: programs of the attention kernel.
         compact: programs of the compaction for each KV head.
     """
 
@@ -52,8 +52,7 @@ class Grid:
     share_block: int
     max_share: int
     head_block: int
-    few_chunks: int
-    many_chunks: int
+    chunks: int
     compact: int
 
     @classmethod
@@ -63,23 +62,21 @@ class Grid:
         head_block = min(heads, HISTOGRAM_BYTES // (4 * bins))
         share_block = max(16, TILE_WORDS // (head_block * min(words, 4)))
         compact = max(COMPACT_PROGRAMS * n // kv_heads, 1)
-        few, many = FEW_PROGRAMS * n, MANY_PROGRAMS * n
         return cls(
-            few_shares=few,
+            few_shares=FEW_SHARES * n,
             # No more than the compaction has programs for at once, if that does not leave the score kernel too few.
-            many_shares=max(few, min(many, compact)),
+            many_shares=max(FEW_SHARES * n, min(MANY_SHARES * n, compact)),
             share_block=share_block,
             max_share=MAX_SHARE // share_block * share_block,
             head_block=head_block,
-            few_chunks=few,
-            many_chunks=many,
+            chunks=CHUNKS * n,
             compact=compact,
         )
 
     def pieces(self, kv_heads: int, batch: int, tokens: int) -> tuple[int, int]:
         """The most shares and chunks that `plan.plan_kernel` cuts a batch of so many requests and tokens into."""
         shares = max(self.many_shares, self.few_shares + batch) + tokens // self.max_share
-        return shares, -(-max(self.many_chunks, self.few_chunks + batch * kv_heads) // kv_heads)
+        return shares, -(-self.chunks // kv_heads) + batch
 
 
 @dataclass(frozen=True)

@@ -35,16 +35,16 @@ DTYPE_RATIO = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.INTERPRETED.value, "run with TRITON_INTERPRET=1"
     monkeypatch.setattr(workspace, "TILE_WORDS", 16)
-    monkeypatch.setattr(workspace, "FEW_PROGRAMS", 5)
-    monkeypatch.setattr(workspace, "MANY_PROGRAMS", 13)
+    for name, programs in (("FEW_SHARES", 5), ("MANY_SHARES", 13), ("CHUNKS", 11)):
+        monkeypatch.setattr(workspace, name, programs)
     monkeypatch.setattr(workspace, "COMPACT_PROGRAMS", 8)
     monkeypatch.setattr(plan, "FULL_SHARE_BLOCKS", 1)
-    monkeypatch.setattr(plan, "FULL_CHUNK", 20)
     monkeypatch.setattr(workspace, "MIN_CHUNK", 16)
     monkeypatch.setattr(plan, "MIN_CHUNK", 16)
     monkeypatch.setattr(topk, "LANES", 4)
     monkeypatch.setattr(topk, "SHARE_BLOCK", 4)
-    monkeypatch.setattr(attend, "BLOCK", 16)
+    monkeypatch.setattr(attend, "SHORT", (16, 4))
+    monkeypatch.setattr(attend, "LONG", (32, 4))
     monkeypatch.setattr(attend, "MERGE_CHUNKS", 3)
 
 
@@ -268,8 +268,8 @@ def test_ties_at_the_cut_go_to_the_earliest() -> None:
 def test_results_do_not_depend_on_how_the_work_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for programs in (1, 7, 60):
-        monkeypatch.setattr(workspace, "FEW_PROGRAMS", programs)
-        monkeypatch.setattr(workspace, "MANY_PROGRAMS", 2 * programs)
+        for name, factor in (("FEW_SHARES", 1), ("MANY_SHARES", 2), ("CHUNKS", 3)):
+            monkeypatch.setattr(workspace, name, factor * programs)
         case = make_case(
             [130, 77],
             Budget(tokens=11),
