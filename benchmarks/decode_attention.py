@@ -12,6 +12,7 @@ benchmarks/results/decode_attention-GPU.json and a plot.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -358,7 +359,7 @@ def main() -> None:
     path = result_path("decode_attention", report["gpu"])
     write_rows(path, report, lambda row: tuple(row[name] for name in (*Case._fields, "slots")))
     print(path)
-    draw(report)
+    draw(json.loads(path.read_text()))  # with the rows of earlier runs
 
 
 def draw(report: dict[str, Any]) -> None:
