@@ -78,27 +78,38 @@ def server_flags(args: argparse.Namespace) -> dict[str, list[str]]:
 def serving(shape: str, max_batch: int, flags: list[str]) -> Iterator[tuple[httpx.Client, Path, float]]:
     """A server of a shape with dummy weights: its client, its model folder and the seconds until it was healthy.
 
-    The CUDA graphs go up to ``max_batch`` requests. When anything fails, the end of the server's log is shown.
+    The CUDA graphs go up to ``max_batch`` requests.
     """
-    import httpx  # here, as the benchmark of the kernels needs neither a server nor its packages
-
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryDirectory() as folder:
         model = Path(folder)
         (model / "config.json").write_text(json.dumps(SHAPES[shape]))
         write_tokenizer(model, SHAPES[shape]["vocab_size"])
+        arguments = ["sglang.launch_server", "--model-path", folder, "--load-format", "dummy"]
+        arguments += ["--sampling-backend", "pytorch", "--grammar-backend", "none"]
+        start = time.perf_counter()
+        with running([*arguments, "--cuda-graph-max-bs-decode", str(max_batch), *flags]) as client:
+            yield client, model, time.perf_counter() - start
+
+
+@contextmanager
+def running(arguments: list[str]) -> Iterator[httpx.Client]:
+    """A server, ``python -m`` with these arguments and a port, for the length of a with block: its client.
+
+    When anything fails, the end of the server's log is shown.
+    """
+    import httpx  # here, as the benchmark of the kernels needs neither a server nor its packages
+
+    with tempfile.TemporaryFile() as log:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", folder, "--port", port]
-        command += ["--load-format", "dummy", "--sampling-backend", "pytorch", "--grammar-backend", "none"]
-        command += ["--cuda-graph-max-bs-decode", str(max_batch), *flags]
+        command = [sys.executable, "-m", *arguments, "--port", port]
         print(shlex.join(command), file=sys.stderr, flush=True)
-        start = time.perf_counter()
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=offline(), start_new_session=True)
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=900) as client:
                 wait_until_healthy(client, process)
-                yield client, model, time.perf_counter() - start
+                yield client
         except BaseException:
             log.seek(0)
             print(log.read().decode(errors="replace")[-8000:], file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Whether answers change: tasks with known answers over long contexts, dense beside HATA."""
