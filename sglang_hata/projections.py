@@ -17,6 +17,7 @@ from sglang_hata.config import AUTO, HataConfig, HataError
 
 logger = logging.getLogger(__name__)
 
+UNREAD = "its safetensors are not, or not all, on this disk at start, or are of no known layout"
 UNTRAINED = (
     "No trained hash weights of %d bits ship for %s%s: codes are untrained rotations. With 128 bits these kept 69 to "
     "91 %% of the attention that exact q.k keeps at a budget of 1/64, trained ones 96 to 98 %%. To train them: "
@@ -37,13 +38,24 @@ def resolve(config: HataConfig, model: Any) -> HataConfig:
         fingerprint = model_fingerprint(model)
         found = shipped.find(fingerprint, config.bits)
         if found is None:
-            unread = "" if fingerprint else " (its safetensors are not on this disk, or are of no known layout)"
+            unread = "" if fingerprint else f" ({UNREAD})"
             logger.warning(UNTRAINED, config.bits, model.model_path, unread, model.model_path)
             return replace(config, weights="none", scoring=HAMMING if config.scoring == AUTO else config.scoring)
         logger.info("Hash weights that ship for %s: %s", model.model_path, found)
         config = replace(config, weights=str(found))
-    if config.weights != "none" and config.scoring == AUTO:
-        config = replace(config, scoring=read_identity(config).scoring)
+    if config.weights == "none":
+        return config
+    trained_for = read_identity(config).scoring
+    if config.scoring == AUTO:
+        return replace(config, scoring=trained_for)
+    if config.scoring != trained_for:
+        logger.warning(
+            "The hash weights in %s were trained for %s scoring, and --hata-scoring %s chooses worse by them: leave it "
+            "out to serve them as they were trained.",
+            config.weights,
+            trained_for,
+            config.scoring,
+        )
     return config
 
 
@@ -133,8 +145,12 @@ def check_fingerprint(config: HataConfig, model: Any) -> None:
     if config.weights == "none":
         return
     identity = read_identity(config)
-    fingerprint = model_fingerprint(model) if identity.fingerprint else None
-    if fingerprint and fingerprint != identity.fingerprint:
+    if not identity.fingerprint:
+        return
+    fingerprint = model_fingerprint(model)
+    if fingerprint is None:
+        logger.warning("Whether %s fit %s cannot be checked: %s.", config.weights, model.model_path, UNREAD)
+    elif fingerprint != identity.fingerprint:
         folder, path = config.weights, model.model_path
         raise HataError(
             f"The hash weights in {folder} were trained for {identity.model}, and {path} makes other queries and keys "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from safetensors.torch import save_file
 
 from hata_weights.capture import Decoder, capture, data_fingerprint, load_sample, query_positions, read_sequences
 from hata_weights.errors import RequestError
-from hata_weights.fingerprint import folder_fingerprint, rope
+from hata_weights.fingerprint import fingerprint, folder_fingerprint, rope
 from weights.tiny import HEAD_DIM, KV_HEADS, LAYERS, QUERY_HEADS, make_model
 
 
@@ -95,6 +97,39 @@ def test_settings_of_rope_read_alike_from_old_and_new_configurations() -> None:
     assert rope(old) == rope({"rope_parameters": scaling | {"rope_theta": 1e6}}) == rope({"text_config": old})
     assert rope({"rope_theta": 1e6, "rope_scaling": None}) == rope({"rope_theta": 1e6}) != rope(old)
     assert rope({}) != rope({"rope_theta": 1e6}) != rope({"rope_theta": 1e6, "partial_rotary_factor": 0.5})
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "yarn", "llama3"])
+def test_a_folder_and_its_loaded_model_have_one_fingerprint(tiny: Path, tmp_path: Path, kind: str) -> None:
+    shutil.copytree(tiny, tmp_path / kind)
+    file = tmp_path / kind / "config.json"
+    config = json.loads(file.read_text())
+    config.pop("rope_parameters", None)
+    scaling = {"rope_type": kind, "factor": 4.0}
+    if kind == "llama3":
+        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    file.write_text(json.dumps(config | ({} if kind == "default" else {"rope_scaling": scaling})))
+    assert folder_fingerprint(tmp_path / kind) == Decoder(str(tmp_path / kind), "cpu").fingerprint
+    assert (folder_fingerprint(tmp_path / kind) == folder_fingerprint(tiny)) == (kind == "default")
+
+
+def test_broken_or_missing_files_have_no_fingerprint(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    assert folder_fingerprint(tmp_path / "model") == folder_fingerprint(tiny)
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}))
+    assert folder_fingerprint(tmp_path / "model") is None
+    index.unlink()
+    (tmp_path / "model" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    assert folder_fingerprint(tmp_path / "model") is None
+
+
+def test_scales_without_a_dimension_are_read() -> None:
+    tensors = {"layers.0.self_attn.k_proj.weight": torch.ones(2, 2), "layers.0.self_attn.k_proj.scale": torch.ones(())}
+    scaled = tensors | {"layers.0.self_attn.k_proj.scale": torch.tensor(2.0)}
+    one, other = (fingerprint({n: t.clone for n, t in each.items()}, {}) for each in (tensors, scaled))
+    assert one != other
 
 
 def test_a_folder_without_a_known_layout_has_no_fingerprint(tiny: Path, tmp_path: Path) -> None:

@@ -110,7 +110,9 @@ def test_check_keeps_or_retrains(weights: Path, tiny: Path, text: Path, tmp_path
     measured = run("check", other, "--weights", weights, "--text", text, "--json", *SHORT)
     verdict = json.loads(measured.stdout)
     assert verdict["same"] is False and 0 < verdict["kept"] <= 1
-    assert measured.exit_code == int(verdict["retrain"])
+    recorded = jobs.recorded_ratio(artifact.load_identity(weights))
+    assert recorded is not None and verdict["recorded"] == recorded
+    assert measured.exit_code == int(recorded - verdict["kept"] > jobs.TOLERANCE)
 
 
 def test_kept_weights_can_be_adopted(
@@ -123,7 +125,7 @@ def test_kept_weights_can_be_adopted(
     monkeypatch.setattr(jobs, "TOLERANCE", 1.0)
     assert run(*arguments).exit_code == 0
     identity, projections = artifact.load(tmp_path / "own")
-    assert (identity.model, identity.scores) == ("tuned", ())
+    assert identity.model == "tuned" and {row["text"] for row in identity.scores} == {text.name}
     assert torch.equal(projections[2], artifact.load(weights)[1][2])
     again = run("check", other, "--weights", tmp_path / "own", "--device", "cpu")
     assert (again.exit_code, again.output.startswith("The queries and keys of this model are those of tuned")) == (
@@ -131,6 +133,9 @@ def test_kept_weights_can_be_adopted(
         True,
     )
     assert "holds hash weights: give another --adopt" in run(*arguments).output
+    third = make_model(tmp_path / "third", seed=4)
+    arguments = ["check", third, "--weights", tmp_path / "own", "--text", text, "--adopt", tmp_path / "next", *SHORT]
+    assert run(*arguments).exit_code == 0 and artifact.load_identity(tmp_path / "next").model == "third"
 
 
 def test_a_model_of_another_shape_is_refused(weights: Path, text: Path, tmp_path: Path) -> None:
@@ -156,6 +161,7 @@ def test_a_model_of_another_shape_is_refused(weights: Path, text: Path, tmp_path
         (["train", "MODEL", "--text", "TEXT", "--out", "OUT", "--sequences", "0"], 2, "not in the range"),
         (["eval", "MODEL", "--text", "TEXT", "--budgets", "64,1"], 2, "is not a list of numbers from 2 to 4096"),
         (["eval", "MODEL", "--text", "TEXT", "--out", "OUT/x.png"], 2, "is not a folder"),
+        (["eval", "MODEL", "--text", "TEXT", "TEXT", "--sequences", "1"], 2, "is fewer than the 2 texts: give 2"),
     ],
 )
 def test_mistakes_are_one_sentence(

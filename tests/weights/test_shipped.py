@@ -72,7 +72,7 @@ def test_a_model_that_is_not_on_disk_is_not_guessed_at(
 ) -> None:
     served.model_path = "nobody/has-this-model"
     assert resolve(HataConfig(weights="auto", scoring="auto"), served).weights == "none"
-    assert "its safetensors are not on this disk" in caplog.text
+    assert "its safetensors are not, or not all, on this disk" in caplog.text
 
 
 def test_weights_of_another_model_are_refused_by_name(data: Path, served: SimpleNamespace) -> None:

@@ -146,13 +146,13 @@ def read_sequences(decoder: Decoder, paths: Sequence[Path], tokens: int, sequenc
         [N] int64 each.
 
     Raises:
-        RequestError: a path is missing or holds too little text.
+        RequestError: a path is missing or holds too little text, or there are more paths than sequences.
     """
+    if sequences < len(paths):
+        raise RequestError(f"--sequences {sequences} is fewer than the {len(paths)} texts: give {len(paths)} or more.")
     shares = [sequences // len(paths) + (n < sequences % len(paths)) for n in range(len(paths))]
     cut: list[Tensor] = []
     for path, share in zip(paths, shares, strict=True):
-        if not share:
-            continue
         text = read_text(path, limit=12 * tokens * share)
         ids = torch.tensor(decoder.tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
         whole = [piece for piece in ids.split(tokens)[:share] if len(piece) == tokens] or [ids]

@@ -139,7 +139,7 @@ def train(
     if test:
         held_out = [_read(decoder, [path], tokens, 1) for path in test]
     elif len(learned.sequences) > 1:
-        held_out = [jobs.Text(learned.name, learned.sequences[-1:])]
+        held_out = [jobs.Text(text[-1].name, learned.sequences[-1:])]
         learned = jobs.Text(learned.name, learned.sequences[:-1])
     else:
         raise RequestError("The text makes one sequence, which leaves none to measure on: give more, or --test.")
@@ -161,7 +161,7 @@ def train(
 @click.argument("model")
 @_texts("--text", "Text files, or folders of them, that nothing was trained on.", required=True)
 @click.option("--weights", type=click.Path(path_type=Path), help="Folder of hash weights, to compare.")
-@click.option("--sequences", type=click.IntRange(min=1), default=1, show_default=True, help="To measure on, at most.")
+@click.option("--sequences", type=click.IntRange(min=1), help="To measure on, at most.  [default: one of each path]")
 @tokens_option
 @click.option(
     "--dense-layers", type=click.IntRange(min=0), help="First layers left out.  [default: as the weights, or 2]"
@@ -184,7 +184,7 @@ def evaluate(
     model: str,
     text: tuple[Path, ...],
     weights: Path | None,
-    sequences: int,
+    sequences: int | None,
     tokens: int | None,
     dense_layers: int | None,
     budgets: str,
@@ -217,7 +217,7 @@ def evaluate(
     first = dense_layers if dense_layers is not None else loaded[0].dense_layers if loaded else 2
     if loaded and first < loaded[0].dense_layers:
         raise RequestError(f"--dense-layers {first} is too few: the weights begin at layer {loaded[0].dense_layers}.")
-    chosen = _read(decoder, text, tokens, sequences)
+    chosen = _read(decoder, text, tokens, sequences or len(text))
     mapping = _read(decoder, hashattention, tokens, len(hashattention)) if hashattention else None
     rows = jobs.evaluate(
         decoder,
@@ -280,17 +280,20 @@ def check(
     from hata_weights import jobs
 
     _require(text)
+    if adopt:
+        jobs.require_free(adopt, "--adopt")
     loaded = _load(weights)
     decoder = _decoder(model, device)
     jobs.require_fit(decoder, weights, loaded[0])
-    verdict = jobs.check(decoder, loaded, _read(decoder, text, tokens, 1) if text else None, _track)
+    verdict = jobs.check(decoder, loaded, _read(decoder, text, tokens, len(text)) if text else None, _track)
     if as_json:
         values = {"same": verdict.same, "kept": verdict.kept, "recorded": verdict.recorded, "retrain": verdict.retrain}
         click.echo(json.dumps(values))
     else:
         click.echo(_words(verdict, loaded[0].model))
     if adopt and not verdict.retrain:
-        jobs.adopt(decoder, loaded, adopt)
+        jobs.adopt(decoder, loaded, verdict, adopt)
+        click.echo(f"{adopt}: the hash weights as this model's own", err=as_json)
     if verdict.retrain:
         sys.exit(RETRAIN)
 

@@ -44,7 +44,7 @@ def fingerprint(parameters: Mapping[str, Callable[[], Tensor]], config: dict[str
     for name, load in sorted(chosen.items()):
         tensor = load().detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.view(torch.uint8).numpy().data)
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # scales of fp8 have no dimension
     digest.update(json.dumps(rope(config), sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
@@ -62,19 +62,27 @@ def rope(config: dict[str, Any]) -> dict[str, Any]:
     kind = settings.pop("type", "default")
     theta = settings.pop("rope_theta", None) or text.get("rope_theta") or 10_000
     share = settings.pop("partial_rotary_factor", None) or text.get("partial_rotary_factor") or 1
+    if settings.get("original_max_position_embeddings") == text.get("max_position_embeddings"):
+        settings.pop("original_max_position_embeddings", None)  # which transformers adds where a file lacks it
     named = {"rope_type": settings.pop("rope_type", kind), "rope_theta": float(theta), "partial": float(share)}
     return {key: value for key, value in settings.items() if value is not None} | named
 
 
 def folder_fingerprint(folder: Path) -> str | None:
-    """The fingerprint of a Hugging Face folder, tensor by tensor from its files; None if they do not hold one."""
-    from safetensors import safe_open
+    """The fingerprint of a Hugging Face folder, tensor by tensor from its files; None if they do not hold one, or if
+    some are missing or broken."""
+    from safetensors import SafetensorError, safe_open
 
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            if not all((folder / name).exists() for name in listed):
+                return None
         with ExitStack() as stack:
             opened = [stack.enter_context(safe_open(f, framework="pt")) for f in sorted(folder.glob("*.safetensors"))]
             stored = {name: partial(file.get_tensor, name) for file in opened for name in file.keys()}  # noqa: SIM118
             return fingerprint(stored, config)
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, SafetensorError):
         return None

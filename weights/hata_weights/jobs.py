@@ -141,8 +141,7 @@ def _folders(parent: Path, name: str, text: Text) -> list[Path]:
 def _open_partial(out: Path, plan: dict[str, Any], resume: bool) -> Path:
     """The folder of an unfinished run: a new one, or that of the same run."""
     partial = out / PARTIAL
-    if (out / artifact.IDENTITY_FILE).exists():
-        raise RequestError(f"{out} holds hash weights: give another --out, or remove it first.")
+    require_free(out, "--out")
     if (partial / PLAN).exists():
         if not resume:
             raise RequestError(f"{out} holds an unfinished run: add --resume to go on, or remove it first.")
@@ -248,11 +247,13 @@ class Verdict:
         same: the weights that codes depend on are those that the hash weights were trained for; None if not known.
         kept, recorded: share of exact q.k's mass at 1/64, on the text given and as `hata.json` has it; None unless
             measured and recorded.
+        scores: what was measured, as `hata.json` has it.
     """
 
     same: bool | None
     kept: float | None = None
     recorded: float | None = None
+    scores: tuple[dict[str, Any], ...] = ()
 
     @property
     def retrain(self) -> bool:
@@ -293,19 +294,23 @@ def check(
         track=track,
         only=(EXACT, TRAINED),
     )
-    return Verdict(same, kept=ratio_of(summarise(rows)), recorded=recorded)
+    scores = tuple(_score_rows(rows, text, sink, recent))
+    return Verdict(same, ratio_of(summarise(rows)), recorded, scores)
 
 
-def adopt(decoder: Decoder, weights: tuple[Identity, dict[int, Tensor]], out: Path) -> None:
-    """Writes the hash weights again as this model's own, so that a server takes them for it.
-
-    Raises:
-        RequestError: ``out`` holds hash weights.
-    """
+def require_free(out: Path, option: str) -> None:
+    """Raises RequestError if ``out`` holds hash weights."""
     if (out / artifact.IDENTITY_FILE).exists():
-        raise RequestError(f"{out} holds hash weights: give another --adopt, or remove it first.")
+        raise RequestError(f"{out} holds hash weights: give another {option}, or remove it first.")
+
+
+def adopt(decoder: Decoder, weights: tuple[Identity, dict[int, Tensor]], verdict: Verdict, out: Path) -> None:
+    """Writes the hash weights again as this model's own, with its scores, so that a server takes them for it."""
     identity, projections = weights
-    artifact.save(out, replace(identity, model=decoder.name, fingerprint=decoder.fingerprint, scores=()), projections)
+    scores = verdict.scores or identity.scores
+    artifact.save(
+        out, replace(identity, model=decoder.name, fingerprint=decoder.fingerprint, scores=scores), projections
+    )
 
 
 def ratio_of(summaries: Sequence[Summary]) -> float:
