@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+SETTINGS = ("budget", "bits", "scoring", "dense_layers", "sink", "recent", "min_context")
 PACKAGES = ("sglang", "sglang-hata", "torch", "triton", "flashinfer-python")
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
@@ -154,13 +155,17 @@ def flush_cache(server: httpx.Client) -> None:
 
 
 def hata_state(server: httpx.Client) -> dict[str, Any]:
-    """Settings and counters of a HATA server."""
-    return server.get("/server_info").json()["internal_states"][0]["hata"]
+    """Settings and counters of a HATA server; nothing of one that is dense, or not SGLang."""
+    import httpx
+
+    with suppress(httpx.HTTPError, ValueError, LookupError):
+        return server.get("/server_info").raise_for_status().json()["internal_states"][0]["hata"]
+    return {}
 
 
-def hata_settings(server: httpx.Client) -> dict[str, Any]:
-    state = hata_state(server)
-    return {name: state[name] for name in ("budget", "bits", "dense_layers", "sink", "recent", "min_context")}
+def hata_settings(state: dict[str, Any]) -> dict[str, Any]:
+    """What a result says of HATA's settings: weights by the name of their folder."""
+    return {name: state[name] for name in SETTINGS} | {"weights": Path(state["weights"]).name}
 
 
 def header(module: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from benchmarks.common import (
     add_server_options,
     flush_cache,
     hata_settings,
+    hata_state,
     header,
     offline,
     result_path,
@@ -57,7 +58,7 @@ def main() -> None:
         with serving(args.shape, args.prompts, flags) as (server, model, _):
             measured[mode] = [load(server, model, args, rate) for rate in rates]
             if mode == "hata":
-                hata = hata_settings(server)
+                hata = hata_settings(hata_state(server))
 
     workload = {"shape": args.shape} | {name: getattr(args, name) for name in WORKLOAD}
     pairs = zip(rates, measured["dense"], measured["hata"], strict=True)

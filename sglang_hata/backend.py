@@ -40,7 +40,7 @@ class HataBackend(AttentionBackend):
         HataError: the KV pool has no codes, or a hook of the plugin was not applied.
     """
 
-    needs_cpu_seq_lens = True  # a step's budget is planned on the host
+    needs_cpu_seq_lens = True  # what a step attends to is counted on the host, and planned there too without a GPU
 
     def __init__(self, runner: Any) -> None:
         super().__init__()

@@ -46,7 +46,8 @@ FLAGS = (
     Flag(
         "hata_bits",
         "{64,128,256}",
-        "Bits of a hash code when no folder of trained weights is given. Default 128: 16 bytes a "
+        "Bits of a hash code: untrained, or with --hata-weights auto of those that ship; a folder of trained weights "
+        "brings its own. Default 128: 16 bytes a "
         "token and KV head, 3.1%% of K and V at head_dim 128. 256 chooses better and costs twice as much; 64 only "
         "makes sense with trained weights.",
     ),

@@ -21,15 +21,16 @@ import shlex
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from benchmarks.common import RESULTS, ROOT, header, write_rows
+from benchmarks.common import RESULTS, ROOT, hata_settings, hata_state, header, write_rows
 from benchmarks.quality import report as reports
-from benchmarks.quality.run import Asker, Method, Plan, Prompts, budget_of, hata_state, serving
+from benchmarks.quality.run import Asker, Method, Plan, Prompts, budget_of, serving
 from benchmarks.quality.tasks import TASKS, prose
 from sglang_hata.cpu import gpu_present
 
@@ -49,7 +50,6 @@ SMALL = {
     "out": ROOT / ".venv" / "quality.json",
 }
 Cell = tuple[str, int]  # task and context
-SETTINGS = ("budget", "bits", "scoring", "weights", "dense_layers", "sink", "recent", "min_context")
 
 
 def main() -> None:
@@ -59,12 +59,17 @@ def main() -> None:
     # In a process of its own, as a CUDA context would take memory from the servers.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as aside:
         head = aside.submit(header, "quality").result()
+    text = prose(args.documents_from)
     head["plan"] = {name: getattr(args, name) for name in ("documents", "questions", "seed", "hata_flags")}
+    head["plan"] |= {"weights": Path(args.weights).name, "server_flags": args.server_flags}
+    head["plan"] |= {"text": sha256("".join(text).encode()).hexdigest()[:12]}
+    if args.url:
+        head |= {"gpu": "not known", "versions": {}, "commit": None}  # the server may run elsewhere
     plan = Plan(
         documents=args.documents,
         questions=args.questions,
         seed=args.seed,
-        text=prose(args.documents_from),
+        text=text,
         cold_only=args.cold_only,
         concurrency=args.concurrency,
         answers=args.answers,
@@ -100,6 +105,7 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         epilog=f"Tasks: {', '.join(TASKS)}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     where = parser.add_argument_group("what is measured")
     where.add_argument(
@@ -123,8 +129,8 @@ def parse() -> argparse.Namespace:
     how.add_argument("--server-flags", default="", help='more flags for every server, as in --server-flags="--tp 2"')
     how.add_argument(
         "--hata-flags",
-        default="--hata-sink 4 --hata-recent 16",
-        help="more flags for HATA (default: %(default)s, as 1/64 of 4K tokens are 64)",
+        default="",
+        help='more flags for HATA, as in --hata-flags="--hata-dense-layers 3"',
     )
     how.add_argument(
         "--concurrency",
@@ -184,11 +190,11 @@ def measure(
     served = server.get("/v1/models").raise_for_status().json()["data"][0]
     model = served.get("root") or served["id"]
     state = hata_state(server)
-    if name == "trained" and (state is None or state["weights"] == "none"):
+    if name == "trained" and state.get("weights", "none") == "none":
         raise SystemExit(f"There are no trained weights for {model}: give their folder with --weights.")
     asker = Asker(server, prompts(args.tokenizer or model), served["id"])
     path = out(args, model)
-    settings = {f"{name}@{budget}": {key: state[key] for key in SETTINGS}} if state else {}
+    settings = {f"{name}@{budget}": hata_settings(state)} if state else {}
     head = head | {"model": Path(model).name, "hata": settings}
     for task, context in missing(path, head, args, name, budget):
         rows: list[dict[str, Any]] = []

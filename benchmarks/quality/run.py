@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from benchmarks.common import flush_cache, running
+from benchmarks.common import flush_cache, hata_state, running
 from benchmarks.quality.report import ALL, interval
 from benchmarks.quality.tasks import TASKS, Document, Question, Task, Text, sized
 from sglang_hata.config import parse_budget
@@ -47,7 +47,10 @@ class Method:
         if text == "whole":
             name, budget = "trained" if weights != "none" else "untrained128", "1/1"
         try:
-            share = f"{100 / int(budget.removeprefix('1/')):.4f}%"
+            whole, _, part = budget.partition("/")
+            if int(whole) != 1:
+                raise ValueError
+            share = f"{100 / int(part):.4f}%"
             parse_budget(share)
             flags = ["--hata", "--hata-min-context", "0", "--hata-budget", share, *kinds[name]]
         except (KeyError, ValueError, ZeroDivisionError):
@@ -70,16 +73,9 @@ def serving(model: str, flags: Sequence[str]) -> Iterator[httpx.Client]:
         yield server
 
 
-def hata_state(server: httpx.Client) -> dict[str, Any] | None:
-    """HATA's settings and counters; None of a server that is dense, or not SGLang."""
-    with suppress(httpx.HTTPError, ValueError, LookupError):
-        return server.get("/server_info").raise_for_status().json()["internal_states"][0].get("hata")
-    return None
-
-
-def budget_of(state: dict[str, Any] | None) -> str:
+def budget_of(state: dict[str, Any]) -> str:
     """The budget of a running server as a fraction where it is one: "1/64", "2048", "all"."""
-    if state is None:
+    if not state:
         return ALL
     tokens, ppm = parse_budget(state["budget"])
     if tokens:

@@ -165,7 +165,8 @@ def attend(
         q: [B, Hq, D], bf16 or fp16; last dimension contiguous.
         k_pool, v_pool: [S, H, D] and [S, H, Dv], contiguous, the dtype of ``q``, or fp8.
         slot_table: [requests, max_context] int32, rows contiguous.
-        workspace: planned for B requests, with the selected tokens in ``slots``.
+        workspace: planned for B requests, with the selected tokens in ``slots``. Neither the plan nor ``q`` may be
+            what the very launch before this one writes, as they are read before its end.
         scale: multiplies q . k, usually D ** -0.5.
         out: [B, Hq, Dv], contiguous; allocated when None.
         everything: attend to all tokens of all requests.

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hata_kernels import reference
+from hata_weights import cli
 from hata_weights.capture import Sample, Shape
 from hata_weights.evaluate import (
     BEST,
@@ -25,6 +26,7 @@ from hata_weights.evaluate import (
 )
 from hata_weights.rotation import untrained_projection
 from hata_weights.train import Recipe, draw_batch, first_projection, mean_attention, train_layer
+from sglang_hata.config import HataConfig
 
 H, G, D, N = 2, 3, 32, 1024
 RECIPE = Recipe(bits=64, steps=100, keys=512, sink=4, recent=16)
@@ -49,6 +51,11 @@ def masses(compared: list[Method]) -> dict[str, float]:
     compared = [method for method in methods(Shape(1, H * G, H, D)) if method.name == EXACT] + compared
     rows = evaluate_layer([synthetic(2)], 5, compared, sink=4, recent=16)
     return {s.method: s.mass for s in summarise(rows) if s.budget == 32}
+
+
+def test_the_defaults_are_those_of_a_server() -> None:
+    config = HataConfig()
+    assert (Recipe.sink, Recipe.recent) == (cli.SINK, cli.RECENT) == (config.sink, config.recent)
 
 
 def test_training_beats_random_rotations(trained: tuple[str, Tensor]) -> None:

@@ -46,8 +46,8 @@ class Identity:
         scoring: how queries are compared with codes, "hamming" or "one-sided" (`reference.query_weights`).
         fingerprint: of the model's weights that codes depend on (see `fingerprint`); empty if unknown.
         data: sha256 of the tokens that it was trained on; empty if untrained.
-        scores: what was measured on text that it was not trained on: rows of "text", "tokens", "budget", "mass",
-            "exact_mass", "best_mass", "worst_head" and "bytes_per_token".
+        scores: what was measured on text that it was not trained on: rows of "text", "tokens", "sink", "recent",
+            "budget", "mass", "exact_mass", "best_mass", "worst_head" and "bytes_per_token".
     """
 
     model: str
@@ -127,7 +127,7 @@ def load(folder: Path) -> tuple[Identity, dict[int, Tensor]]:
 
 
 def check_projections(folder: Path, identity: Identity, projections: Mapping[int, Tensor]) -> None:
-    """Raises ArtifactError unless there is one projection of the right shape for every layer past the dense ones."""
+    """Raises ArtifactError unless every layer past the dense ones has projections of the right shape."""
     wanted = set(range(identity.dense_layers, identity.layers))
     if set(projections) != wanted:
         raise ArtifactError(

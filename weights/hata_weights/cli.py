@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TOKENS = 8192
 DEFAULT_SEQUENCES = 4
+SINK, RECENT = 4, 16  # a server's defaults, `train.Recipe`'s too
 MOST = 4096  # tokens of which a budget may take one
 PATHS = ("--text", "--test", "--hashattention")
 
@@ -170,8 +171,8 @@ def train(
     "--budgets", default="128,64,32,16", show_default=True, metavar="N,N", help="Attend to one token in N, for each N."
 )
 @_texts("--hashattention", "Also train HashAttention's networks on these texts, and compare them. Takes a while.")
-@click.option("--sink", type=click.IntRange(min=0), default=4, show_default=True, help="As --hata-sink.")
-@click.option("--recent", type=click.IntRange(min=0), default=16, show_default=True, help="As --hata-recent.")
+@click.option("--sink", type=click.IntRange(min=0), default=SINK, show_default=True, help="As --hata-sink.")
+@click.option("--recent", type=click.IntRange(min=0), default=RECENT, show_default=True, help="As --hata-recent.")
 @json_option
 @click.option(
     "--out",
