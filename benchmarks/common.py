@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -181,6 +182,27 @@ def header(module: str) -> dict[str, Any]:
         "commit": commit(),
         "command": shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]]),
     }
+
+
+def memory_bandwidth() -> float:
+    """Bytes a second of the GPU's memory: the better of a large copy, bytes read and written counted, and a large sum."""
+    import torch
+
+    source = torch.zeros(2**29, dtype=torch.float32, device="cuda")
+    target = torch.empty_like(source)
+
+    def seconds(work: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(10):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        return statistics.median(times)
+
+    return max(2 * source.nbytes / seconds(lambda: target.copy_(source)), source.nbytes / seconds(source.sum))
 
 
 def installed(package: str) -> str | None:

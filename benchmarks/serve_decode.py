@@ -9,7 +9,7 @@ A case is CONTEXTxBATCH. The model is a shape with dummy weights, so nothing is 
 Prompts are random tokens, in the prefix cache before the clock starts; a request for few and one for many new tokens
 are timed in turn, and their difference is the cost of the tokens between, free of prefill. Shorter prompts are the
 beginnings of longer ones, so the longest cases come first and prefill serves all. Beside each time stands its
-floor: the bytes that a step must read over the GPU's copy bandwidth, measured in the same run. Medians go to
+floor: the bytes that a step must read over the GPU's memory bandwidth, measured in the same run. Medians go to
 benchmarks/results/serve_decode-GPU.json, beside those of earlier runs with the same GPU, versions and commit, and into
 a plot of the same name.
 """
@@ -35,6 +35,7 @@ from benchmarks.common import (
     hata_settings,
     hata_state,
     header,
+    memory_bandwidth,
     plot,
     result_path,
     server_flags,
@@ -72,9 +73,9 @@ def main() -> None:
     # In a process of their own, as a CUDA context would take memory from the servers.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as aside:
         report = aside.submit(header, "serve_decode").result()
-        bandwidth = aside.submit(copy_bandwidth).result()
+        bandwidth = aside.submit(memory_bandwidth).result()
     path = result_path("serve_decode", report["gpu"])
-    report |= {"copy_bandwidth_tb_s": bandwidth / 1e12, "startup_s": {args.shape: {}}, "rows": []}
+    report |= {"startup_s": {args.shape: {}}, "rows": []}
 
     dense: dict[Case, float] = {}
     prefill: dict[str, float] = {}
@@ -130,6 +131,7 @@ def result(
         "dense_tpot_ms": dense_ms,
         "hata_tpot_ms": hata_ms,
         "ratio": dense_ms / hata_ms,
+        "bandwidth_tb_s": bandwidth / 1e12,
         "dense_floor_ms": least["dense"],
         "hata_floor_ms": least["hata"],
         "weights_ms": least["weights"],
@@ -220,27 +222,8 @@ def bytes_read(shape: str, context: int, batch: int, hata: dict[str, Any], selec
     }
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second of a large device-to-device copy, read and written ones counted."""
-    import torch
-
-    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(10):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return 2 * source.nbytes / statistics.median(times)
-
-
 def table(report: dict[str, Any]) -> None:
-    print(
-        f"{report['gpu']}, HATA's budget {report['hata']['budget']}; floors at {report['copy_bandwidth_tb_s']:.2f} TB/s"
-    )
+    print(f"{report['gpu']}, HATA's budget {report['hata']['budget']}; floors at the memory's bandwidth")
     print("shape         context  batch  dense ms (floor)  HATA ms (floor)  ratio  attended")
     for row in report["rows"]:
         dense, hata = row["dense_tpot_ms"], row["hata_tpot_ms"]
@@ -264,7 +247,7 @@ def draw(report: dict[str, Any]) -> None:
             starts = [i + left for i in range(len(rows))]
             axes.bar(starts, [row[f"{mode}_tpot_ms"] for row in rows], 0.4, align="edge", color=color, label=label)
             floors = [row[f"{mode}_floor_ms"] for row in rows]
-            floor_label = "floor: bytes over copy bandwidth" if mode == "hata" else None
+            floor_label = "floor: bytes over memory bandwidth" if mode == "hata" else None
             axes.hlines(floors, starts, [start + 0.4 for start in starts], color="black", label=floor_label)
         for i, row in enumerate(rows):
             height = max(row["dense_tpot_ms"], row["hata_tpot_ms"])
