@@ -185,7 +185,7 @@ def header(module: str) -> dict[str, Any]:
 
 
 def memory_bandwidth() -> float:
-    """Bytes a second of the GPU's memory: the better of a large copy, bytes read and written counted, and a large sum."""
+    """Bytes a second of the GPU's memory: the better of a large copy, reads and writes counted, and a large sum."""
     import torch
 
     source = torch.zeros(2**29, dtype=torch.float32, device="cuda")
