@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import codes
+from benchmarks.codes import paper, tuning, work
+from benchmarks.codes.__main__ import main
+from benchmarks.codes.report import encoders
+from hata_weights import jobs
+from hata_weights.capture import Shape
 from hata_weights.evaluate import EXACT
-from weights.tiny import HEAD_DIM, KV_HEADS, QUERY_HEADS, make_model
+from weights.tiny import HEAD_DIM, KV_HEADS, LAYERS, QUERY_HEADS, make_model
 
 SHORT = ["--tokens", "512", "--steps", "3", "--device", "cpu"]
 
@@ -29,24 +33,25 @@ def texts(tmp_path: Path) -> list[Path]:
 
 def run(command: str, tiny: Path, texts: list[Path], out: Path, *more: str) -> dict[str, Any]:
     train, test = [str(path) for path in texts[:2]], str(texts[2])
-    codes.main([command, str(tiny), "--train", *train, "--test", test, "--out", str(out), *SHORT, *more])
+    main([command, str(tiny), "--train", *train, "--test", test, "--out", str(out), *SHORT, *more])
     (path,) = out.glob("*.json")
     return json.loads(path.read_text())
 
 
-def test_the_papers_loss_is_the_sum_of_its_terms() -> None:
+def test_the_papers_loss_is_the_sum_of_its_terms(monkeypatch: pytest.MonkeyPatch) -> None:
     H, G, D, bits = 2, 2, 3, 4
     draw = torch.Generator().manual_seed(0)
     w = torch.randn(H, D, bits, generator=draw)
     items = [
-        codes.Item(
+        (
             torch.randn(H, G, D, generator=draw),
             torch.randn(H, n, D, generator=draw),
             torch.randn(H, G, n, generator=draw),
         )
         for n in (5, 2)
     ]
-    paper = codes.Paper(bits=bits, sigma=0.7, similarity=0.3, balance=0.9, decorrelation=1.7)
+    for name, value in {"SIGMA": 0.7, "SIMILARITY": 0.3, "BALANCE": 0.9, "DECORRELATION": 1.7}.items():
+        monkeypatch.setattr(paper, name, value)
 
     def soft(x: torch.Tensor, h: int, j: int) -> float:
         return 2 / (1 + math.exp(-0.7 * sum(float(x[d] * w[h, d, j]) for d in range(D)))) - 1
@@ -55,10 +60,10 @@ def test_the_papers_loss_is_the_sum_of_its_terms() -> None:
     for h in range(H):
         for g in range(G):
             sums = [0.0] * bits
-            for item in items:
-                for i in range(item.keys.shape[1]):
-                    pair = [(soft(item.queries[h, g], h, j), soft(item.keys[h, i], h, j)) for j in range(bits)]
-                    similarity += float(item.labels[h, g, i]) * sum((q - k) ** 2 for q, k in pair) / 7
+            for queries, keys, labels in items:
+                for i in range(keys.shape[1]):
+                    pair = [(soft(queries[h, g], h, j), soft(keys[h, i], h, j)) for j in range(bits)]
+                    similarity += float(labels[h, g, i]) * sum((q - k) ** 2 for q, k in pair) / 7
                     sums = [s + q + k for s, (q, k) in zip(sums, pair, strict=True)]
             balance += sum((s / (7 * bits)) ** 2 for s in sums)
     decorrelation = math.sqrt(
@@ -67,26 +72,24 @@ def test_the_papers_loss_is_the_sum_of_its_terms() -> None:
         )
     )
     expected = 0.3 * similarity + 0.9 * balance + 1.7 * decorrelation
-    assert float(codes.paper_loss(w, items, paper)) == pytest.approx(expected, rel=1e-4)
+    assert float(paper.paper_loss(w, items)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_papers_labels_fall_by_rank() -> None:
-    labels = codes.paper_labels(torch.arange(30.0).flip(0))
+    labels = paper.paper_labels(torch.arange(30.0).flip(0))
     assert labels.tolist() == [20, 10.5, 1, *[-1] * 27]
 
 
 def test_frontier_has_a_row_for_everything(tiny: Path, texts: list[Path], tmp_path: Path) -> None:
     scratch = ["--scratch", str(tmp_path / "scratch")]
     report = run("frontier", tiny, texts, tmp_path / "out", "--dense-layers", "1", *scratch)
-    group = QUERY_HEADS // KV_HEADS
-    names = [encoder.name for encoder in codes.encoders(group)]
+    names = [encoder.name for encoder in encoders(Shape(LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM))]
     found = {(r["encoder"], r["budget"], r["sink"], r["recent"], r["text"]) for r in report["rows"]}
-    settings = codes.jobs.SETTINGS
-    assert found == {(n, f"1/{b}", *s, texts[2].name) for n in names for b in codes.BUDGETS for s in settings}
+    assert found == {(n, f"1/{b}", *s, texts[2].name) for n in names for b in work.BUDGETS for s in jobs.SETTINGS}
     assert len(found) == len(report["rows"]) == len(names) * 12
     sizes = {r["encoder"]: (r["bits"], r["bytes_per_token"]) for r in report["rows"]}
     assert sizes["HashAttention"] == (64, 8) and sizes["trained, one-sided 128"] == (128, 16)
-    assert sizes[codes.PAPER] == (128, 16) and sizes[EXACT] == (None, 2 * HEAD_DIM)
+    assert sizes[work.PAPER] == (128, 16) and sizes[EXACT] == (None, 2 * HEAD_DIM)
     for row in report["rows"]:
         assert row["layers"] == 2 and 0 < row["mass"] <= row["best_mass"] <= 1
         assert row["share"] == pytest.approx(row["mass"] / row["exact_mass"], abs=1e-3)
@@ -94,18 +97,21 @@ def test_frontier_has_a_row_for_everything(tiny: Path, texts: list[Path], tmp_pa
         assert row["bytes_read_per_token"] == pytest.approx(read, abs=1e-2)
         assert row["selected"] >= 1 / int(row["budget"].removeprefix("1/"))
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"codes-tiny.png", "codes-tiny-by-score.png"}
-    again = run("frontier", tiny, texts, tmp_path / "out", "--dense-layers", "1", *scratch, "--workers", "2")
+    again = run("frontier", tiny, texts, tmp_path / "out", "--dense-layers", "1", *scratch)  # from the scratch folder
+    assert again["rows"] == report["rows"]
+    elsewhere = ("--scratch", str(tmp_path / "elsewhere"), "--workers", "2")
+    again = run("frontier", tiny, texts, tmp_path / "out", "--dense-layers", "1", *elsewhere)
     assert {json.dumps(row) for row in again["rows"]} == {json.dumps(row) for row in report["rows"]}
 
 
 def test_frontier_takes_weights_that_were_trained_before(tiny: Path, texts: list[Path], tmp_path: Path) -> None:
     from click.testing import CliRunner
 
-    from hata_weights.cli import main
+    from hata_weights.cli import main as hata_weights
 
     weights = tmp_path / "weights"
     train = ["train", str(tiny), "--text", *map(str, texts[:2]), "--test", str(texts[2]), "--sequences", "2"]
-    result = CliRunner().invoke(main, [*train, "--out", str(weights), *SHORT])
+    result = CliRunner().invoke(hata_weights, [*train, "--out", str(weights), *SHORT])
     assert result.exit_code == 0, result.output
     options = ["--weights", str(weights), "--no-hashattention"]
     report = run("frontier", tiny, texts, tmp_path / "out", *options)
@@ -134,7 +140,7 @@ def test_text_learns_from_more_and_from_other_kinds(tiny: Path, texts: list[Path
 def test_finetune_compares_old_codes_with_new_ones(
     tiny: Path, texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(codes, "LENGTH", 128)
+    monkeypatch.setattr(tuning, "LENGTH", 128)
     domain = tmp_path / "domain.txt"
     domain.write_text("abcdefgh " * 500)
     options = ["--domain", str(domain), "--tuning-steps", "20", "--rate", "0.01"]

@@ -1,0 +1,1 @@
+"""What codes keep of the attention: by encoder, by training text, and on a fine-tuned model."""
