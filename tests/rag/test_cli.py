@@ -240,7 +240,13 @@ def test_ctrl_c_ends_quietly(run: Run, indexed: Path, fake: FakeServer, home: Ho
     ask(run, "How long does sourdough ferment?")
     before = conversation.load(home.conversation, store)
     fake.delay = 60
-    with subprocess.Popen([*CLI, "ask", "-c", "And why?"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [*CLI, "ask", "-c", "And why?"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A background job of a shell ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         deadline = time.monotonic() + 600  # a busy machine takes its time to load the embedder
         while len(fake.prompts) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
