@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from sglang_hata.config import FLAGS, HataConfig, HataError
+from sglang_hata.config import AUTO, FLAGS, HataConfig, HataError
 from sglang_hata.refusals import check_model, check_settings
 
 BACKEND = "hata"
@@ -177,10 +177,11 @@ def _check_server_args(_result: None, args: Any) -> None:
         settings, model = _resolved(args)
         check_settings(settings, config)
         check_model(model, config, settings.device, _has_state_space_layers(model))
-        config = resolve(config, model)
-        check_identity(config, model)
-        check_fingerprint(config, model)
-        setattr(args, STAMP, getattr(args, STAMP) | config.to_dict())
+        resolved = resolve(config, model)
+        check_identity(resolved, model)
+        if config.weights != AUTO:  # auto has found them by the fingerprint
+            check_fingerprint(resolved, model)
+        setattr(args, STAMP, getattr(args, STAMP) | resolved.to_dict())
     except HataError as error:
         if getattr(args, STAMP)["command_line"]:
             raise SystemExit(str(error)) from None
