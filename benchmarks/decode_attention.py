@@ -27,8 +27,9 @@ from hata_kernels import attend, encode, plan, reference, score, topk
 from hata_kernels.decode import hata_decode_step
 from hata_kernels.reference import Budget
 from hata_kernels.workspace import DecodeWorkspace
+from sglang_hata.config import HataConfig
 
-SINK, RECENT = 4, 16
+SINK, RECENT = HataConfig.sink, HataConfig.recent
 COLD_BYTES = 256 * 2**20  # read between two visits of the same layer: five times the L2 cache of an H100
 REPLAYS = 30
 POOL_BYTES = 40 * 2**30

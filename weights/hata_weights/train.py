@@ -107,8 +107,7 @@ def train_layer(samples: Sequence[Sample], layer: int, recipe: Recipe) -> Tensor
         schedule.step()
     # The magnitudes of columns count where queries are not cut down to signs.
     rounded = _to_int8_alike if recipe.scoring == reference.ONE_SIDED else to_int8
-    learned = {reference.KEYS: to_int8(of_keys.detach().cpu()), reference.QUERIES: rounded(of_queries.detach().cpu())}
-    return torch.stack([learned[side] for side in sorted(learned)])
+    return torch.stack([to_int8(of_keys.detach().cpu()), rounded(of_queries.detach().cpu())])  # as KEYS, QUERIES
 
 
 def descend(optimizer: torch.optim.Optimizer, logits: Tensor, target: Tensor) -> None:
