@@ -15,7 +15,7 @@ DEMO := HATA_RAG_HOME=.venv/demo $(BIN)/hata-rag
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
-	@echo "Installing SGLang $(SGLANG) and sglang-hata into $(VENV): about 4 minutes and 10 GB."
+	@echo "Installing SGLang $(SGLANG) and sglang-hata into $(VENV): about 4 minutes and 12 GB."
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sglang-hata needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
