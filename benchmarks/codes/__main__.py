@@ -92,7 +92,7 @@ def frontier(args: argparse.Namespace, scratch: Path) -> None:
     run.check_weights()
     texts = run.read(args.train, args.sequences or len(args.train))
     run.begin(data_fingerprint(texts), args.hash_attention)
-    learned = run.capture("train", texts, jobs.TRAINING_QUERIES)
+    learned = run.capture("train", texts, jobs.to_learn_from)
     tests = run.capture_tests("test", run.tests)
     tasks: dict[str, Task] = {f"layer-{layer}": (layer, learned, args.hash_attention) for layer in run.layers}
     run.collect(frontier_layer, tests, tasks)
@@ -117,7 +117,7 @@ def text(args: argparse.Namespace, scratch: Path) -> None:
     most = [max(cell.get(kind, 0) for cell in cells.values()) for kind in range(kinds)]
     sequences = {kind: run.read([args.train[kind]], n) for kind, n in enumerate(most)}
     run.begin({kind: data_fingerprint(cut) for kind, cut in sequences.items()})
-    captured = {kind: run.capture(f"train-{kind}", cut, jobs.TRAINING_QUERIES) for kind, cut in sequences.items()}
+    captured = {kind: run.capture(f"train-{kind}", cut, jobs.to_learn_from) for kind, cut in sequences.items()}
     tests = run.capture_tests("test", run.tests)
     tasks: dict[str, Task] = {f"none-{layer}": (layer, 0, 0, ()) for layer in run.layers}
     for (k, n, draw), cell in cells.items():
@@ -139,7 +139,7 @@ def finetune(args: argparse.Namespace, scratch: Path) -> None:
     tests = {**run.tests, f"{args.domain.name}, held out": [domain[-run.tokens :]]}
     how = (args.tuning_steps, args.rate)
     run.begin(data_fingerprint(texts), data_fingerprint([domain]), how)
-    learned = run.capture("train", texts, jobs.TRAINING_QUERIES)
+    learned = run.capture("train", texts, jobs.to_learn_from)
     of_base = run.capture_tests("test", tests)
     run.release()
     model = run.folder / "model"
@@ -148,7 +148,7 @@ def finetune(args: argparse.Namespace, scratch: Path) -> None:
     run.report |= {"domain": args.domain.name, "tuning_steps": args.tuning_steps, "rate": args.rate}
     run.report["losses"] = json.loads((model / tuning.LOSSES).read_text())
     run.decoder = Decoder(str(model), run.device)
-    tuned = run.capture("tuned-train", texts, jobs.TRAINING_QUERIES)
+    tuned = run.capture("tuned-train", texts, jobs.to_learn_from)
     of_tuned = run.capture_tests("tuned-test", tests)
     tasks: dict[str, Task] = {f"layer-{layer}": (layer, learned, tuned, of_tuned) for layer in run.layers}
     run.collect(finetune_layer, of_base, tasks)
@@ -200,16 +200,16 @@ class Run:
         plan = [*made_by, self.decoder.fingerprint, self.layers, tests, weights, *about]
         self.folder /= hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:12]
 
-    def capture(self, name: str, sequences: Sequence[Tensor], queries: int) -> list[Path]:
+    def capture(self, name: str, sequences: Sequence[Tensor], queries: Callable[[Tensor], Tensor]) -> list[Path]:
         folders = [self.folder / f"{name}-{n}" for n in range(len(sequences))]
         for n, (tokens, folder) in enumerate(zip(sequences, folders, strict=True), 1):
             print(f"reading {name}, sequence {n} of {len(sequences)}", file=sys.stderr, flush=True)
-            capture(self.decoder, tokens, folder, self.layers, queries)
+            capture(self.decoder, tokens, folder, self.layers, queries(tokens))
         return folders
 
     def capture_tests(self, name: str, tests: dict[str, list[Tensor]]) -> dict[str, list[Path]]:
         return {
-            text: self.capture(f"{name}-{n}", sequences, jobs.TEST_QUERIES)
+            text: self.capture(f"{name}-{n}", sequences, jobs.to_measure_on)
             for n, (text, sequences) in enumerate(tests.items())
         }
 

@@ -41,7 +41,8 @@ def train_paper(samples: Sequence[Sample], layer: int, steps: int = STEPS) -> Te
     draw = torch.Generator(device).manual_seed(SEED + layer)
     items: list[Item] = []
     for sample in samples:
-        chosen = int(torch.randint(len(sample.positions), (1,), generator=draw, device=device))
+        late = (sample.positions >= sample.keys.shape[1] // 2).nonzero()
+        chosen = int(late[torch.randint(len(late), (1,), generator=draw, device=device)])
         queries = sample.queries[:, chosen].unflatten(0, (H, -1))
         keys = sample.keys[:, : int(sample.positions[chosen]) + 1]
         items.append((queries, keys, paper_labels(queries @ keys.transpose(1, 2))))

@@ -10,7 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hata_weights.capture import Decoder, capture, data_fingerprint, load_sample, query_positions, read_sequences
+from hata_weights.capture import (
+    Decoder,
+    capture,
+    data_fingerprint,
+    load_sample,
+    read_sequences,
+    second_half,
+    throughout,
+)
 from hata_weights.errors import RequestError
 from hata_weights.fingerprint import fingerprint, folder_fingerprint, rope
 from weights.tiny import HEAD_DIM, KV_HEADS, LAYERS, QUERY_HEADS, make_model
@@ -22,7 +30,7 @@ def test_the_first_layer_is_what_a_hand_computes(tmp_path: Path, text: Path, kv_
 
     decoder = Decoder(str(make_model(tmp_path / "model", seed=1, kv_heads=kv_heads)), "cpu")
     (tokens,) = read_sequences(decoder, [text], 300, 1)
-    capture(decoder, tokens, tmp_path / "sample", range(LAYERS), queries=40)
+    capture(decoder, tokens, tmp_path / "sample", range(LAYERS), throughout(300, 40))
     sample = load_sample(tmp_path / "sample", 0, "cpu")
 
     model, first = decoder.model, decoder.model.layers[0]
@@ -31,7 +39,7 @@ def test_the_first_layer_is_what_a_hand_computes(tmp_path: Path, text: Path, kv_
         q = first.self_attn.q_proj(hidden).view(1, 300, QUERY_HEADS, HEAD_DIM).transpose(1, 2)
         k = first.self_attn.k_proj(hidden).view(1, 300, kv_heads, HEAD_DIM).transpose(1, 2)
         q, k = apply_rotary_pos_emb(q, k, *model.rotary_emb(hidden, torch.arange(300).unsqueeze(0)))
-    assert torch.equal(sample.positions, query_positions(300, 40))
+    assert torch.equal(sample.positions, throughout(300, 40))
     assert torch.equal(sample.queries, q[0, :, sample.positions].to(torch.bfloat16).to(torch.float32))
     assert torch.equal(sample.keys, k[0].to(torch.bfloat16).to(torch.float32))
     assert sample.scale.item() == pytest.approx(HEAD_DIM**-0.5)
@@ -51,9 +59,18 @@ def test_capturing_leaves_the_output_alone(tiny: Path, text: Path, tmp_path: Pat
     assert seen == list(range(LAYERS))  # and nothing is recorded outside `run`
 
 
-def test_queries_come_from_the_second_half() -> None:
-    assert query_positions(10, 3).tolist() == [5, 7, 9]
-    assert query_positions(11, 100).tolist() == [5, 6, 7, 8, 9, 10]
+def test_queries_to_measure_on_come_from_the_second_half() -> None:
+    assert second_half(10, 3).tolist() == [5, 7, 9]
+    assert second_half(11, 100).tolist() == [5, 6, 7, 8, 9, 10]
+
+
+def test_queries_to_learn_from_come_from_short_contexts_too() -> None:
+    assert throughout(65, 3).tolist() == [1, 20, 64]  # squares of 1/8, 9/16 and 1
+    positions = throughout(8192, 1024)
+    assert positions[0] == 128
+    assert positions[-1] == 8191
+    assert 300 < (positions < 2048).sum() < 450
+    assert len(throughout(10, 1024)) == 10
 
 
 def test_sequences_are_shared_out_over_the_paths(tiny: Path, text: Path, tmp_path: Path) -> None:

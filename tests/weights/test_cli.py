@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,16 @@ def test_train_writes_an_artefact_with_its_scores(weights: Path, tiny: Path) -> 
     for row in identity.scores:
         assert row["best_mass"] >= row["exact_mass"] > 0 and row["bytes_per_token"] == 16 and row["tokens"] == 512
     assert not (weights / jobs.PARTIAL).exists()
+
+
+def test_train_measures_shorter_contexts_too(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(" ".join(map(str, range(3_000))))
+    result = train(tiny, tmp_path / "text.txt", tmp_path / "out", "--tokens", "1024")
+    assert result.exit_code == 0, result.output
+    identity = artifact.load_identity(tmp_path / "out")
+    assert [row["tokens"] for row in identity.scores[::8]] == [1024, 256]
+    whole = [row for row in identity.scores if row["tokens"] == 1024]
+    assert jobs.recorded_ratio(identity) == jobs.recorded_ratio(replace(identity, scores=tuple(whole)))
 
 
 def test_an_interrupted_run_goes_on(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Queries and keys of real text: prefills a Hugging Face decoder and records what its attention is given.
 
 They are recorded after RoPE, where they are hashed, and go to disk layer by layer while the model runs, so memory
-holds one layer's whatever the model. Queries come from the second half of each sequence.
+holds one layer's whatever the model.
 """
 
 from __future__ import annotations
@@ -189,26 +189,35 @@ def data_fingerprint(sequences: Sequence[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def query_positions(length: int, queries: int) -> Tensor:
-    """At most ``queries`` positions spread over the second half of a sequence: [M] int64, ascending."""
+def second_half(length: int, queries: int) -> Tensor:
+    """At most ``queries`` positions spread over the second half of a sequence, to measure on: [M] int64, ascending."""
     half = length // 2
     return torch.linspace(half, length - 1, min(queries, length - half)).round().to(torch.int64)
 
 
-def capture(decoder: Decoder, tokens: Tensor, folder: Path, layers: Container[int], queries: int) -> None:
+def throughout(length: int, queries: int) -> Tensor:
+    """At most ``queries`` positions to learn from, denser towards the start: [M] int64, ascending.
+
+    A projection of queries after RoPE knows the positions that it has seen: learned from the second half of long
+    sequences alone, it would choose worse than an untrained one in short contexts.
+    """
+    spread = torch.linspace(1 / 8, 1, queries, dtype=torch.float64).square() * (length - 1)
+    return spread.round().to(torch.int64).unique()
+
+
+def capture(decoder: Decoder, tokens: Tensor, folder: Path, layers: Container[int], positions: Tensor) -> None:
     """Writes one sequence's `Sample` of every layer, in bfloat16, as keys are cached.
 
     Args:
         tokens: [N] int64.
         folder: made; complete once it exists.
         layers: the layers to keep.
-        queries: how many positions at most.
+        positions: [M] int64, those of the queries to keep.
     """
     if folder.exists():
         return
     unfinished = folder.with_suffix(".unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
-    positions = query_positions(len(tokens), queries)
 
     def record(layer: int, query: Tensor, key: Tensor, scale: float) -> None:
         if layer in layers:

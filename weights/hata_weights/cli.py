@@ -95,7 +95,7 @@ def main() -> None:
     show_default=True,
     help="one-sided keeps four bits a code bit of queries and chooses better; hamming is the paper's.",
 )
-@click.option("--steps", type=click.IntRange(min=1), default=1500, show_default=True, help="Steps a layer.")
+@click.option("--steps", type=click.IntRange(min=1), default=2500, show_default=True, help="Steps a layer.")
 @click.option(
     "--sequences",
     type=click.IntRange(min=1),
@@ -153,7 +153,7 @@ def train(
             click.echo(
                 f"{out}: {score['mass'] / score['exact_mass']:.1%} of exact q.k's attention mass at a budget of 1/64 "
                 f"with {score['bytes_per_token']:g} bytes a token and KV head ({score['worst_head']:.1%} in the worst "
-                f"head), on {score['text']}"
+                f"head), on {score['tokens']:,} tokens of {score['text']}"
             )
     click.echo(f"{len(learned.sequences)} sequences learned from, {time.monotonic() - begun:.0f} s")
 

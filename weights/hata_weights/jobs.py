@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hata_weights import artifact
 from hata_weights.artifact import Identity
-from hata_weights.capture import Decoder, capture, data_fingerprint, load_sample
+from hata_weights.capture import SHORTEST, Decoder, capture, data_fingerprint, load_sample, second_half, throughout
 from hata_weights.errors import MisfitError, RequestError
 from hata_weights.evaluate import (
     BEST,
@@ -55,6 +55,21 @@ class Text:
     name: str
     sequences: tuple[Tensor, ...]
 
+    def quarter(self) -> Text | None:
+        """The first quarter of each sequence: what do codes keep in shorter contexts? None where it is too little."""
+        quarters = tuple(tokens[: len(tokens) // 4] for tokens in self.sequences)
+        return Text(self.name, quarters) if min(map(len, quarters)) >= SHORTEST else None
+
+
+def to_learn_from(tokens: Tensor) -> Tensor:
+    """Positions of a sequence whose queries codes learn from."""
+    return throughout(len(tokens), TRAINING_QUERIES)
+
+
+def to_measure_on(tokens: Tensor) -> Tensor:
+    """Positions of a sequence whose queries codes are measured on."""
+    return second_half(len(tokens), TEST_QUERIES)
+
 
 def train(
     decoder: Decoder,
@@ -86,13 +101,14 @@ def train(
         "recipe": asdict(recipe),
     }
     partial = _open_partial(out, plan, resume)
+    tests = [of_length for test in tests for of_length in (test, test.quarter()) if of_length]
     learned = _folders(partial, "text", text)
     held_out = [_folders(partial, f"test-{n}", test) for n, test in enumerate(tests)]
-    sequences = [(tokens, folder, TRAINING_QUERIES) for tokens, folder in zip(text.sequences, learned, strict=True)]
+    read = [*zip(text.sequences, learned, [to_learn_from] * len(learned), strict=True)]
     for test, folders in zip(tests, held_out, strict=True):
-        sequences += [(tokens, folder, TEST_QUERIES) for tokens, folder in zip(test.sequences, folders, strict=True)]
-    for tokens, folder, queries in track("Reading", sequences):
-        capture(decoder, tokens, folder, layers, queries)
+        read += [*zip(test.sequences, folders, [to_measure_on] * len(folders), strict=True)]
+    for tokens, folder, queries in track("Reading", read):
+        capture(decoder, tokens, folder, layers, queries(tokens))
     trained: dict[int, Tensor] = {}
     for layer in track("Training", layers):
         path = partial / f"layer-{layer}.safetensors"
@@ -178,11 +194,11 @@ def evaluate(
     with tempfile.TemporaryDirectory() as scratch:
         folders = _folders(Path(scratch), "text", text)
         learned = _folders(Path(scratch), "mapping", mapping_text) if mapping_text else []
-        sequences = [(*pair, TEST_QUERIES) for pair in zip(text.sequences, folders, strict=True)]
+        read = [(*pair, to_measure_on) for pair in zip(text.sequences, folders, strict=True)]
         if mapping_text:
-            sequences += [(*pair, TRAINING_QUERIES) for pair in zip(mapping_text.sequences, learned, strict=True)]
-        for tokens, folder, queries in track("Reading", sequences):
-            capture(decoder, tokens, folder, layers, queries)
+            read += [(*pair, to_learn_from) for pair in zip(mapping_text.sequences, learned, strict=True)]
+        for tokens, folder, queries in track("Reading", read):
+            capture(decoder, tokens, folder, layers, queries(tokens))
 
         def of_layer(layer: int) -> list[Method]:
             if not learned:
@@ -234,8 +250,9 @@ def _score_rows(rows: Sequence[Row], test: Text, sink: int, recent: int) -> list
 
 
 def recorded_ratio(identity: Identity) -> float | None:
-    """The share of exact q.k's mass at 1/64 that `hata.json` has, selected by score, over its texts."""
+    """The share of exact q.k's mass at 1/64 that `hata.json` has, selected by score, over its texts whole."""
     rows = [row for row in identity.scores if row["budget"] == "1/64" and (row["sink"], row["recent"]) == BY_SCORE]
+    rows = [row for row in rows if row["tokens"] == max(row["tokens"] for row in rows)]
     return fmean(row["mass"] / row["exact_mass"] for row in rows) if rows else None
 
 

@@ -44,7 +44,7 @@ class Recipe:
 
     bits: int = 128
     scoring: str = reference.ONE_SIDED
-    steps: int = 1500
+    steps: int = 2500
     queries: int = 16
     keys: int = 2048
     rate: float = 0.02
