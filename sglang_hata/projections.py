@@ -24,6 +24,11 @@ UNTRAINED = (
     "hata-weights train %s --text FILES --out DIR, then --hata-weights DIR."
 )
 
+LONGER = (
+    "The hash weights in %s are for contexts of up to %d tokens, and this server allows %d, where they may choose "
+    "worse than untrained codes: train others with hata-weights train --tokens %d, or give --context-length %d."
+)
+
 
 def resolve(config: HataConfig, model: Any) -> HataConfig:
     """Settings with a folder, or none, in place of ``auto``, and with the scoring that the weights are for.
@@ -45,7 +50,11 @@ def resolve(config: HataConfig, model: Any) -> HataConfig:
         config = replace(config, weights=str(found))
     if config.weights == "none":
         return config
-    trained_for = read_identity(config).scoring
+    identity = read_identity(config)
+    measured = max((row["tokens"] for row in identity.scores), default=0)
+    if 0 < measured < model.context_len:
+        logger.warning(LONGER, config.weights, measured, model.context_len, model.context_len, measured)
+    trained_for = identity.scoring
     if config.scoring == AUTO:
         return replace(config, scoring=trained_for)
     if config.scoring != trained_for:
