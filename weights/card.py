@@ -28,12 +28,12 @@ Other conversions have other queries and keys, slightly: run
 
 ## Scores
 
-Attention mass that the selected tokens hold, mean over layers and KV heads; {tokens:,} tokens of text of kinds that
-were not trained on; 128 queries of the second half. *Share* is of exact q.k's mass; *worst* is that of the worst of
-{heads} heads. With 0 sinks and 1 recent token, all but the current token is selected by score.
+Attention mass that the selected tokens hold, mean over layers and KV heads; text of kinds that were not trained on; 128
+queries of the second half. *Share* is of exact q.k's mass; *worst* is that of the worst of {heads} heads. With 0 sinks
+and 1 recent token, all but the current token is selected by score.
 
-| text | sinks, recent | budget | best possible | exact q.k | codes | share | worst |
-|---|---|---|---|---|---|---|---|
+| text | tokens | sinks, recent | budget | best possible | exact q.k | codes | share | worst |
+|---|---|---|---|---|---|---|---|---|
 {scores}
 
 ## Data
@@ -66,13 +66,21 @@ def card(folder: Path, note: str) -> str:
     about: dict[str, Any] = json.loads((folder / "hata.json").read_text(encoding="utf-8"))
     texts = json.loads((Path(__file__).parent / "texts.json").read_text(encoding="utf-8"))
     uses = {use: [text for text in texts if text["use"] == use] for use in ("train", "evaluate")}
+    named = {row["text"] for row in about["scores"]}
+    uses["evaluate"] = [text for text in uses["evaluate"] if Path(text["file"]).name in named]
     rows = {use: "\n".join("| {what} | {source} | {licence} |".format_map(t) for t in uses[use]) for use in uses}
     masses = ("best_mass", "exact_mass", "mass")
     scores = []
     for row in about["scores"]:
         if row["budget"] in BUDGETS:
             figures = [*(row[name] for name in masses), row["mass"] / row["exact_mass"], row["worst_head"]]
-            cells = [row["text"], f"{row['sink']}, {row['recent']}", row["budget"], *(f"{x:.3f}" for x in figures)]
+            cells = [
+                row["text"],
+                f"{row['tokens']:,}",
+                f"{row['sink']}, {row['recent']}",
+                row["budget"],
+                *(f"{x:.3f}" for x in figures),
+            ]
             scores.append(f"| {' | '.join(cells)} |")
     own = {
         "bytes": about["bits"] // 8,
@@ -87,7 +95,7 @@ def card(folder: Path, note: str) -> str:
         "scores": "\n".join(scores),
         "source": SOURCES[about["model"]],
         "texts": len(uses["train"]),
-        "tokens": about["scores"][0]["tokens"],
+        "tokens": max(row["tokens"] for row in about["scores"]),
     }
     return CARD.format_map(about | own)
 

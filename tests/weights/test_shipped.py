@@ -25,6 +25,7 @@ def served(tiny: Path) -> SimpleNamespace:
         revision=None,
         num_hidden_layers=LAYERS,
         head_dim=HEAD_DIM,
+        context_len=1024,
         get_total_num_kv_heads=lambda: KV_HEADS,
     )
 
@@ -75,6 +76,17 @@ def test_a_model_that_is_not_on_disk_is_not_guessed_at(
     assert "its safetensors are not, or not all, on this disk" in caplog.text
 
 
+def test_contexts_beyond_what_was_learned_are_warned_of(
+    data: Path, served: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    identity, projections = artifact.load(data / "c")
+    for tokens, warned in ((1024, False), (512, True)):
+        artifact.save(data / "c", replace(identity, scores=({"tokens": 256}, {"tokens": tokens})), projections)
+        caplog.clear()
+        resolve(HataConfig(weights="auto", scoring="auto"), served)
+        assert ("for contexts of up to 512 tokens, and this server allows 1024" in caplog.text) == warned
+
+
 def test_weights_of_another_model_are_refused_by_name(data: Path, served: SimpleNamespace) -> None:
     config = resolve(HataConfig(weights=str(data / "a"), scoring="auto"), served)
     check_identity(config, served)
@@ -102,6 +114,8 @@ def test_what_ships_is_for_the_default_model_and_scores_as_it_says(model: Path) 
     folder = shipped.find(folder_fingerprint(model), 128)
     assert folder is not None
     by_score = [row for row in artifact.load_identity(folder).scores if row["recent"] == 1 and row["budget"] == "1/64"]
-    assert {row["text"] for row in by_score} == {"licences.txt", "opticks.txt"}
+    measured = {(row["text"], row["tokens"]) for row in by_score}
+    assert measured == {(text, tokens) for text in ("licences.txt", "opticks.txt") for tokens in (2048, 8192)}
     for row in by_score:
-        assert row["best_mass"] >= row["exact_mass"] and 0.97 * row["exact_mass"] < row["mass"] < row["exact_mass"]
+        least = 0.97 if row["tokens"] == 8192 else 0.95
+        assert row["best_mass"] >= row["exact_mass"] and least * row["exact_mass"] < row["mass"] < row["exact_mass"]
