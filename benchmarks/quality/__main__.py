@@ -43,7 +43,7 @@ SMALL = {
     "contexts": "2048",
     "tasks": "turns,needle_noise,needle_number",
     "methods": "dense,trained@1/8",
-    "documents": 4,
+    "documents": 6,
     "questions": 6,
     "cold_only": True,
     "again": True,
