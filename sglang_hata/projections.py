@@ -24,7 +24,7 @@ UNTRAINED = (
     "To train yours: hata-weights train %s --text FILES --out DIR, then --hata-weights DIR."
 )
 LONGER = (
-    "The hash weights in %s are for contexts of up to %d tokens, and this server allows %d, where they may choose "
+    "The hash weights in %s were trained on up to %d tokens, and this server allows %d, where they may choose "
     "worse than untrained codes: train others with hata-weights train --tokens %d, or give --context-length %d."
 )
 
@@ -50,9 +50,8 @@ def resolve(config: HataConfig, model: Any) -> HataConfig:
     if config.weights == "none":
         return config
     identity = read_identity(config)
-    measured = max((row["tokens"] for row in identity.scores), default=0)
-    if 0 < measured < model.context_len:
-        logger.warning(LONGER, config.weights, measured, model.context_len, model.context_len, measured)
+    if 0 < identity.tokens < model.context_len:
+        logger.warning(LONGER, config.weights, identity.tokens, model.context_len, model.context_len, identity.tokens)
     trained_for = identity.scoring
     if config.scoring == AUTO:
         return replace(config, scoring=trained_for)

@@ -95,7 +95,6 @@ def card(folder: Path, note: str) -> str:
         "scores": "\n".join(scores),
         "source": SOURCES[about["model"]],
         "texts": len(uses["train"]),
-        "tokens": max(row["tokens"] for row in about["scores"]),
     }
     return CARD.format_map(about | own)
 

@@ -53,6 +53,7 @@ def test_train_measures_shorter_contexts_too(tiny: Path, tmp_path: Path) -> None
     result = train(tiny, tmp_path / "text.txt", tmp_path / "out", "--tokens", "1024")
     assert result.exit_code == 0, result.output
     identity = artifact.load_identity(tmp_path / "out")
+    assert identity.tokens == 1024
     assert [row["tokens"] for row in identity.scores[::8]] == [1024, 256]
     whole = [row for row in identity.scores if row["tokens"] == 1024]
     assert jobs.recorded_ratio(identity) == jobs.recorded_ratio(replace(identity, scores=tuple(whole)))

@@ -81,10 +81,10 @@ def test_contexts_beyond_what_was_learned_are_warned_of(
 ) -> None:
     identity, projections = artifact.load(data / "c")
     for tokens, warned in ((1024, False), (512, True)):
-        artifact.save(data / "c", replace(identity, scores=({"tokens": 256}, {"tokens": tokens})), projections)
+        artifact.save(data / "c", replace(identity, tokens=tokens), projections)
         caplog.clear()
         resolve(HataConfig(weights="auto", scoring="auto"), served)
-        assert ("for contexts of up to 512 tokens, and this server allows 1024" in caplog.text) == warned
+        assert ("were trained on up to 512 tokens, and this server allows 1024" in caplog.text) == warned
 
 
 def test_weights_of_another_model_are_refused_by_name(data: Path, served: SimpleNamespace) -> None:
@@ -105,7 +105,7 @@ def test_what_ships_is_whole() -> None:
     assert shipped.shipped()
     for folder, identity in shipped.shipped().items():
         assert artifact.load(folder)[0] == identity
-        assert identity.fingerprint and identity.data and identity.scores
+        assert identity.fingerprint and identity.data and identity.tokens and identity.scores
         assert (folder / "README.md").is_file()
         assert not any("/" in row["text"] for row in identity.scores)
 

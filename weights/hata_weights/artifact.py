@@ -46,6 +46,7 @@ class Identity:
         scoring: how queries are compared with codes, "hamming" or "one-sided" (`reference.query_weights`).
         fingerprint: of the model's weights that codes depend on (see `fingerprint`); empty if unknown.
         data: sha256 of the tokens that it was trained on; empty if untrained.
+        tokens: the longest sequence that it was trained on; 0 if unknown.
         scores: what was measured on text that it was not trained on: rows of "text", "tokens", "sink", "recent",
             "budget", "mass", "exact_mass", "best_mass", "worst_head" and "bytes_per_token".
     """
@@ -61,6 +62,7 @@ class Identity:
     scoring: str = reference.HAMMING
     fingerprint: str = ""
     data: str = ""
+    tokens: int = 0
     scores: tuple[dict[str, Any], ...] = ()
 
 

@@ -129,6 +129,7 @@ def train(
         scoring=recipe.scoring,
         fingerprint=decoder.fingerprint,
         data=str(plan["data"]),
+        tokens=max(map(len, text.sequences)),
     )
     compared = [method for method in methods(shape, (identity, trained)) if method.name in (EXACT, TRAINED)]
     scores: list[dict[str, Any]] = []
