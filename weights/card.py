@@ -54,7 +54,7 @@ Measured on, and never trained on:
 ## To repeat
 
 ```sh
-hata-weights train {model} --text train/* --test evaluate/* --tokens {tokens} --bits {bits} --out {folder}
+hata-weights train {model} --text train/* --test {tests} --tokens {tokens} --bits {bits} --out {folder}
 ```
 
 {note}
@@ -94,6 +94,7 @@ def card(folder: Path, note: str) -> str:
         "note": note,
         "scores": "\n".join(scores),
         "source": SOURCES[about["model"]],
+        "tests": " ".join(text["file"] for text in uses["evaluate"]),
         "texts": len(uses["train"]),
     }
     return CARD.format_map(about | own)

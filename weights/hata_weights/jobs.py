@@ -104,9 +104,9 @@ def train(
     tests = [of_length for test in tests for of_length in (test, test.quarter()) if of_length]
     learned = _folders(partial, "text", text)
     held_out = [_folders(partial, f"test-{n}", test) for n, test in enumerate(tests)]
-    read = [*zip(text.sequences, learned, [to_learn_from] * len(learned), strict=True)]
+    read = [(*pair, to_learn_from) for pair in zip(text.sequences, learned, strict=True)]
     for test, folders in zip(tests, held_out, strict=True):
-        read += [*zip(test.sequences, folders, [to_measure_on] * len(folders), strict=True)]
+        read += [(*pair, to_measure_on) for pair in zip(test.sequences, folders, strict=True)]
     for tokens, folder, queries in track("Reading", read):
         capture(decoder, tokens, folder, layers, queries(tokens))
     trained: dict[int, Tensor] = {}
