@@ -202,7 +202,6 @@ class Layers:
         launches: list[Callable[[int], Any]] = []
         for name, launch in self.stages().items():
             launches.append(launch)
-            self.workspace.histogram.zero_()
 
             def so_far(i: int, launches: tuple[Callable[[int], Any], ...] = tuple(launches)) -> None:
                 for each in launches:

@@ -22,9 +22,58 @@ SHORT, LONG = (64, 4), (128, 8)
 STAGES = 3  # of the loop: slots are loaded two rounds ahead, keys and values one
 # Query rows of a tile: the fewest that tensor cores take.
 MIN_ROWS = 16
-# Chunks whose partial outputs, and whose softmax sums, are loaded at a time.
-MERGE_CHUNKS, MERGE_SUMS = 8, 32
+# Chunks of a row that are added up at a time: where there are no more of them, as in large batches, and the most where
+# there are; and the most elements of them, 128 registers of each thread.
+FEW_CHUNKS, MANY_CHUNKS = 8, 32
+SUMMANDS = 128 * 32 * SHORT[1]
 LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def add_up(
+    out,
+    partial,
+    partial_lse,
+    i_row,
+    i_slot,
+    n_chunks,
+    G: tl.constexpr,
+    DV: tl.constexpr,
+    BG: tl.constexpr,
+    BDV: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Adds up a row's chunks, BC at a time. One thread has a few elements of all chunks, and nothing that it loads
+    waits for what it computes: BC independent loads are on their way."""
+    o_g = tl.arange(0, BG)
+    o_dv = tl.arange(0, BDV)
+    m_g = o_g < G
+    m_x = m_g[:, None] & (o_dv < DV)[None, :]
+    o_x = o_g[:, None] * DV + o_dv[None, :]
+    b_most = tl.full([BG], -1e30, tl.float32)
+    b_total = tl.zeros([BG], tl.float32)
+    b_out = tl.zeros([BG, BDV], tl.float32)
+    for i_c in range(0, n_chunks, BC):
+        b_lses = ()  # type: tuple
+        b_parts = ()  # type: tuple
+        for i_unrolled in tl.static_range(BC):
+            m_c = i_c + i_unrolled < n_chunks
+            i_part = (i_slot + i_c + i_unrolled) * G
+            b_lses += (tl.load(partial_lse + i_part + o_g, mask=m_c & m_g, other=-1e30),)
+            b_parts += (tl.load(partial + i_part * DV + o_x, mask=m_c & m_x, other=0.0),)
+        b_new = b_most
+        for i_unrolled in tl.static_range(BC):
+            b_new = tl.maximum(b_new, b_lses[i_unrolled])
+        b_rescale = tl.exp2(b_most - b_new)
+        b_total *= b_rescale
+        b_out *= b_rescale[:, None]
+        for i_unrolled in tl.static_range(BC):
+            b_weight = tl.exp2(b_lses[i_unrolled] - b_new)
+            b_total += b_weight
+            b_out += b_weight[:, None] * b_parts[i_unrolled]
+        b_most = b_new
+    p_out = out + i_row * G * DV + o_x
+    tl.store(p_out, (b_out / b_total[:, None]).to(out.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
@@ -54,8 +103,8 @@ def attend_kernel(
     BG: tl.constexpr,
     BM: tl.constexpr,
     BT: tl.constexpr,
-    BC: tl.constexpr,
-    BL: tl.constexpr,
+    FEW: tl.constexpr,
+    MANY: tl.constexpr,
     PIECE: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
@@ -119,31 +168,10 @@ def attend_kernel(
     tl.debug_barrier()
     tl.store(arrivals + i_row, 0)
 
-    # One thread has a few elements of all chunks. Nothing that it loads waits for what it computes: BC independent
-    # loads are on their way at a time.
-    o_x = tl.arange(0, BG * BDV)
-    o_g = o_x // BDV
-    o_dv = o_x % BDV
-    m_x = (o_g < G) & (o_dv < DV)
-    o_l = tl.arange(0, BL)
-    o_row = tl.arange(0, BG)
-    b_most = tl.full([BG], float("-inf"), tl.float32)
-    for i_c in range(0, n_chunks, BL):
-        m_l = (i_c + o_l < n_chunks)[None, :] & (o_row < G)[:, None]
-        p_lse = partial_lse + (i_slot + i_c + o_l)[None, :] * G + o_row[:, None]
-        b_most = tl.maximum(b_most, tl.max(tl.load(p_lse, mask=m_l, other=-1e30), axis=1))
-    b_most = tl.reshape(tl.broadcast_to(b_most[:, None], [BG, BDV]), [BG * BDV])
-    b_total = tl.zeros([BG * BDV], tl.float32)
-    b_out = tl.zeros([BG * BDV], tl.float32)
-    for i_c in range(0, n_chunks, BC):
-        for i_unrolled in tl.static_range(BC):
-            m_c = i_c + i_unrolled < n_chunks
-            o_chunk = (i_slot + i_c + i_unrolled) * G + o_g
-            b_weight = tl.exp2(tl.load(partial_lse + o_chunk, mask=m_c & (o_g < G), other=-1e30) - b_most)
-            b_total += b_weight
-            b_out += b_weight * tl.load(partial + o_chunk * DV + o_dv, mask=m_c & m_x, other=0.0)
-    p_out = out + (i_row * G + o_g) * DV + o_dv
-    tl.store(p_out, (b_out / b_total).to(out.dtype.element_ty), mask=m_x)
+    if n_chunks > FEW:
+        add_up(out, partial, partial_lse, i_row, i_slot, n_chunks, G, DV, BG, BDV, MANY)
+    else:
+        add_up(out, partial, partial_lse, i_row, i_slot, n_chunks, G, DV, BG, BDV, FEW)
 
 
 def attend(
@@ -219,8 +247,8 @@ def attend(
         BG=BG,
         BM=max(MIN_ROWS, BG),
         BT=block if D <= 128 else block // 2,
-        BC=MERGE_CHUNKS,
-        BL=MERGE_SUMS,
+        FEW=FEW_CHUNKS,
+        MANY=FEW_CHUNKS if everything else max(FEW_CHUNKS, min(MANY_CHUNKS, SUMMANDS // (BG * BDV))),
         PIECE=PIECE,
         STAGES=STAGES,
         PDL=overlaps_launches(device),

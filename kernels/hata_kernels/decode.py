@@ -31,7 +31,7 @@ def hata_decode_step(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> Tensor:
-    """One decode step of one layer, in five launches, with no word from the host: fit for a CUDA graph.
+    """One decode step of one layer, in four launches, with no word from the host: fit for a CUDA graph.
 
     The step must be planned, once for all layers, with the lengths and the rows of ``slot_table`` of its requests:
     `plan.plan_step`.

@@ -141,6 +141,7 @@ def hash_decode_step_kernel(
     code_cache,
     loc,
     planes,
+    histogram,
     batch,
     q_token_stride,
     q_head_stride,
@@ -156,6 +157,7 @@ def hash_decode_step_kernel(
     BDV: tl.constexpr,
     BITS: tl.constexpr,
     P: tl.constexpr,
+    BINS: tl.constexpr,
     ONE_SIDED: tl.constexpr,
     BR: tl.constexpr,
     BG: tl.constexpr,
@@ -199,6 +201,9 @@ def hash_decode_step_kernel(
         b_loc = tl.load(loc + o_r, mask=o_r < batch, other=0).to(tl.int64)
         b_key = pack(tl.sum(tl.where(o_g == G, b_bit, 0), axis=1), BR, BW)
         tl.store(code_cache + (b_loc * H + i_h)[:, None] * (BITS // 32) + o_w, b_key, mask=m_r)
+        if i_w == 0:
+            p_bin = histogram + (o_r.to(tl.int64) * H + i_h)[:, None] * BINS + tl.arange(0, BINS)[None, :]
+            tl.store(p_bin, tl.zeros([BR, BINS], tl.int32), mask=m_r)
         if STORE_KV:  # noqa: SIM102 (known at compile time)
             if i_w == 0:
                 b_row = tl.load(loc + o_request, mask=m_k, other=0).to(tl.int64) * H + i_h
@@ -301,7 +306,7 @@ def hash_decode_step(
     store_kv: bool = True,
 ) -> None:
     """Everything that a layer's decode step writes before it scores, in one launch: keys, values and codes of the new
-    tokens into the cache, and the planes of the queries.
+    tokens into the cache, the planes of the queries, and zeros where scoring counts.
 
     Args:
         q, k, v: [B, G * H, D], [B, H, D] and [B, H, Dv], bf16, fp16 or fp32, the same dtype, after RoPE; last
@@ -310,7 +315,7 @@ def hash_decode_step(
         k_pool, v_pool: [S, H, D] and [S, H, Dv], contiguous, the dtype of ``k``.
         code_cache: [S, H, bits / 32] int32, contiguous; row ``loc[b]`` gets the code of ``k[b]``.
         loc: [B] int32 or int64. Padded rows may share a dummy slot.
-        workspace: gets ``planes``, equal to `reference.query_planes`.
+        workspace: gets ``planes``, equal to `reference.query_planes`, and a ``histogram`` of zeros.
         store_kv: False where the pool is of another dtype and has been written already.
 
     Raises:
@@ -353,6 +358,7 @@ def hash_decode_step(
         code_cache,
         loc,
         workspace.planes,
+        workspace.histogram,
         B,
         q.stride(0),
         q.stride(1),
@@ -368,6 +374,7 @@ def hash_decode_step(
         BDV=triton.next_power_of_2(v.shape[2]),
         BITS=bits,
         P=workspace.planes.shape[2] - 1,
+        BINS=workspace.bins,
         ONE_SIDED=one_sided,
         BR=BR,
         BG=BG,
@@ -375,5 +382,5 @@ def hash_decode_step(
         STORE_KV=store_kv,
         PDL=overlaps_launches(q.device),
         launch_pdl=overlaps_launches(q.device),
-        num_warps=8 if rows == MANY_ROWS and (BD == 256 or one_sided) else 4,
+        num_warps=8 if one_sided or (rows == MANY_ROWS and BD == 256) else 4,
     )

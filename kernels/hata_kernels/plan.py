@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hata_kernels.launch import INDEX_DTYPES, check_tensor
 from hata_kernels.reference import Budget
-from hata_kernels.workspace import MIN_CHUNK, PIECE, REQUEST, DecodeWorkspace
+from hata_kernels.workspace import MIN_CHUNK, PIECE, DecodeWorkspace
 
 PPM = tl.constexpr(1_000_000)
 # A program of this kernel describes as many pieces as make such a matrix with the requests, and at least the fewest.
@@ -75,7 +75,6 @@ def plan_kernel(
     seq_lens,
     req_rows,
     kept,
-    requests,
     shares,
     chunks,
     all_chunks,
@@ -100,7 +99,6 @@ def plan_kernel(
     CHUNKS: tl.constexpr,
     CHUNK_BLOCK: tl.constexpr,
     PIECE: tl.constexpr,
-    REQUEST: tl.constexpr,
     HAS_COSTS: tl.constexpr,
 ):
     o_b = tl.arange(0, BB)
@@ -126,11 +124,7 @@ def plan_kernel(
     most = tl.where(i_list == 0, MAX_SHARE, 1 << 30)
     b_pieces = pieces_of(b_tokens, heads, batch, few, many, FULL_SHARE, block, most)
     if (i_list == 0) & (tl.program_id(0) == 0):
-        b_last = tl.cumsum(b_pieces, axis=0)
         tl.store(kept + o_b, b_kept.to(tl.int32), mask=m_b)
-        tl.store(requests + o_b * REQUEST, b_kept.to(tl.int32), mask=m_b)
-        tl.store(requests + o_b * REQUEST + 1, b_last - b_pieces, mask=m_b)
-        tl.store(requests + o_b * REQUEST + 2, b_last, mask=m_b)
 
     o_item = tl.program_id(0) * BI + tl.arange(0, BI)
     b_request, b_number, b_first, m_one = piece_of(o_item, b_pieces, o_b)
@@ -163,7 +157,7 @@ def plan_step(seq_lens: Tensor, req_rows: Tensor, workspace: DecodeWorkspace, bu
         seq_lens: [B] int32 or int64: cached tokens of each request, the current one included; at least 1, at most
             the workspace's max_context. 1 for a padded row.
         req_rows: [B] int32 or int64: the row of the slot table of each request.
-        workspace: gets ``kept``, ``requests``, ``shares``, ``chunks`` and ``all_chunks``.
+        workspace: gets ``kept``, ``shares``, ``chunks`` and ``all_chunks``.
 
     Raises:
         ValueError: on a batch or a budget that the workspace has no room for.
@@ -188,7 +182,6 @@ def plan_step(seq_lens: Tensor, req_rows: Tensor, workspace: DecodeWorkspace, bu
         seq_lens,
         req_rows,
         workspace.kept,
-        workspace.requests,
         workspace.shares,
         workspace.chunks,
         workspace.all_chunks,
@@ -213,7 +206,6 @@ def plan_step(seq_lens: Tensor, req_rows: Tensor, workspace: DecodeWorkspace, bu
         CHUNKS=grid.chunks,
         CHUNK_BLOCK=MIN_CHUNK,
         PIECE=PIECE,
-        REQUEST=REQUEST,
         HAS_COSTS=costs is not None,
         num_warps=4,
     )

@@ -1,10 +1,8 @@
 """Select: the slots of the k lowest ranks of each (request, KV head), in order of position.
 
 Specification: `reference.select_positions`. Tokens below the threshold are all kept; of those on it, the earliest, as
-many as are still wanted. Two launches:
-
-    cut      the counts of a whole row give its threshold; those of its shares, added up, where each one's tokens go
-    compact  every share writes its selected slots to their place, and waits for no neighbour
+many as are still wanted. Every program finds the threshold for itself, in the counts of its row, and adds up what
+earlier shares keep, so that none waits for a neighbour: two short loads take less time than a launch between.
 """
 # mypy: allow-untyped-defs
 
@@ -14,68 +12,43 @@ import triton.language as tl
 from torch import Tensor
 
 from hata_kernels.launch import check_tensor, overlaps_launches, popcount, wait_for_previous
-from hata_kernels.workspace import PIECE, REQUEST, DecodeWorkspace
+from hata_kernels.workspace import PIECE, DecodeWorkspace
 
-# Shares whose counts a program of the cut adds up at a time.
-SHARE_BLOCK = 512
-# A program of the compaction is one warp, which needs no barriers: each lane has COLUMNS consecutive ranks, 16 bytes in
-# the usual case. Their marks fill an int32: selected for sure in the low half, tied in the high half.
+# Earlier shares whose counts are loaded at a time.
+EARLIER = 256
+# A program is one warp, which needs no barriers: each lane has COLUMNS consecutive ranks, 16 bytes in the usual case.
+# Their marks fill an int32: selected for sure in the low half, tied in the high half.
 LANES, COLUMNS = 32, 16
 
 
 @triton.jit
-def cut_kernel(
-    histogram,
-    share_counts,
-    requests,
-    cuts,
-    offsets,
-    H: tl.constexpr,
-    BS: tl.constexpr,
-    BINS: tl.constexpr,
-    REQUEST: tl.constexpr,
-    PDL: tl.constexpr,
+def cut(
+    histogram, share_counts, i_row, i_first, i_share, i_h, k, H: tl.constexpr, BINS: tl.constexpr, BE: tl.constexpr
 ):
-    i_b = tl.program_id(0)
-    i_h = tl.program_id(1)
-    k = tl.load(requests + i_b * REQUEST)
-    i_first = tl.load(requests + i_b * REQUEST + 1)
-    i_end = tl.load(requests + i_b * REQUEST + 2)
-    wait_for_previous(PDL)
-    if i_first == i_end:
-        return  # everything is kept
-    i_row = i_b.to(tl.int64) * H + i_h
+    """Threshold of a row, how many tokens on it are wanted, and how many below it and on it earlier shares have."""
     o_bin = tl.arange(0, BINS)
     b_count = tl.load(histogram + i_row * BINS + o_bin)
     threshold = tl.sum((tl.cumsum(b_count, axis=0) < k).to(tl.int32), axis=0)
     wanted = k - tl.sum(tl.where(o_bin < threshold, b_count, 0), axis=0)
-    # The counts have been used: zeros for the next layer.
-    tl.debug_barrier()
-    tl.store(histogram + i_row * BINS + o_bin, tl.zeros([BINS], tl.int32))
-    tl.store(cuts + i_row * 2, threshold)
-    tl.store(cuts + i_row * 2 + 1, wanted)
-
-    less = 0
-    tie = 0
-    for i_s in range(i_first, i_end, BS):
-        o_s = i_s + tl.arange(0, BS)
-        m_s = o_s < i_end
-        o_row = o_s.to(tl.int64) * H + i_h
-        p_count = share_counts + o_row * BINS + threshold
-        b_less = tl.load(p_count - 1, mask=m_s & (threshold > 0), other=0).to(tl.int32)
-        b_tie = tl.load(p_count, mask=m_s, other=0).to(tl.int32) - b_less
-        tl.store(offsets + o_row * 2, less + tl.cumsum(b_less, axis=0) - b_less, mask=m_s)
-        tl.store(offsets + o_row * 2 + 1, tie + tl.cumsum(b_tie, axis=0) - b_tie, mask=m_s)
-        less += tl.sum(b_less, axis=0)
-        tie += tl.sum(b_tie, axis=0)
+    # Shares have counted the tokens of each rank or a lower one.
+    b_less = tl.zeros([BE], tl.int32)
+    b_up_to = tl.zeros([BE], tl.int32)
+    for i_s in range(i_first, i_share, BE):
+        o_s = i_s + tl.arange(0, BE)
+        p_count = share_counts + (o_s.to(tl.int64) * H + i_h) * BINS + threshold
+        b_less += tl.load(p_count - 1, mask=(o_s < i_share) & (threshold > 0), other=0).to(tl.int32)
+        b_up_to += tl.load(p_count, mask=o_s < i_share, other=0).to(tl.int32)
+    less = tl.sum(b_less, axis=0)
+    return threshold, wanted, less, tl.sum(b_up_to, axis=0) - less
 
 
 @triton.jit
 def compact_share(
     ranks,
     shares,
-    cuts,
-    offsets,
+    histogram,
+    share_counts,
+    kept,
     slot_table,
     slots,
     i_share,
@@ -85,18 +58,22 @@ def compact_share(
     slot_stride,
     H: tl.constexpr,
     BINS: tl.constexpr,
+    BE: tl.constexpr,
     BL: tl.constexpr,
     BC: tl.constexpr,
     PIECE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Few tokens are selected, so little is done for each: one mark. Then every lane walks over its marks."""
     p_share = shares + i_share * PIECE
     # A piece without work is of request -1, and has nothing between its start and its end.
     i_b = tl.maximum(tl.load(p_share), 0).to(tl.int64)
     i_row = i_b * H + i_h
+    k = tl.load(kept + i_b)
     p_table = slot_table + tl.load(p_share + 1).to(tl.int64) * table_stride
     start = tl.multiple_of(tl.load(p_share + 2), 16)
     end = tl.load(p_share + 3)
+    i_first = tl.where(start < end, tl.load(p_share + 5), i_share)
     p_rank = ranks + i_row * rank_stride
     p_out = slots + i_row * slot_stride
     o_lane = tl.arange(0, BL) * BC
@@ -104,11 +81,9 @@ def compact_share(
     # Whole blocks of 16, so that loads are wide; beyond the last token scoring has left the rank of no token.
     rounded = tl.multiple_of(tl.cdiv(end, 16) * 16, 16)
     o_t = start + o_lane[:, None] + o_c[None, :]
+    wait_for_previous(PDL)
     b_next = tl.load(p_rank + o_t, mask=o_t < rounded, other=BINS - 1)
-    threshold = tl.load(cuts + i_row * 2)
-    wanted = tl.load(cuts + i_row * 2 + 1)
-    less = tl.load(offsets + (i_share * H + i_h) * 2)
-    tie = tl.load(offsets + (i_share * H + i_h) * 2 + 1)
+    threshold, wanted, less, tie = cut(histogram, share_counts, i_row, i_first, i_share, i_h, k, H, BINS, BE)
     for i_t in range(start, end, BL * BC):
         b_rank = b_next.to(tl.int32)
         o_t = i_t + BL * BC + o_lane[:, None] + o_c[None, :]
@@ -140,8 +115,9 @@ def compact_share(
 def compact_kernel(
     ranks,
     shares,
-    cuts,
-    offsets,
+    histogram,
+    share_counts,
+    kept,
     slot_table,
     slots,
     table_stride,
@@ -151,19 +127,20 @@ def compact_kernel(
     H: tl.constexpr,
     STRIDE: tl.constexpr,
     BINS: tl.constexpr,
+    BE: tl.constexpr,
     BL: tl.constexpr,
     BC: tl.constexpr,
     PIECE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     i_h = tl.program_id(0) % H
-    wait_for_previous(PDL)
     for i_share in range(tl.program_id(0) // H, n_shares, STRIDE):
         compact_share(
             ranks,
             shares,
-            cuts,
-            offsets,
+            histogram,
+            share_counts,
+            kept,
             slot_table,
             slots,
             i_share,
@@ -173,9 +150,11 @@ def compact_kernel(
             slot_stride,
             H,
             BINS,
+            BE,
             BL,
             BC,
             PIECE,
+            PDL,
         )
 
 
@@ -184,7 +163,7 @@ def select_slots(slot_table: Tensor, workspace: DecodeWorkspace, batch: int) -> 
 
     Args:
         slot_table: [requests, max_context] int32, rows contiguous.
-        workspace: planned for ``batch`` requests and scored; its histogram is zero afterwards.
+        workspace: planned for ``batch`` requests and scored.
             ``slots[b * H + h, i]`` becomes the slot of the i-th selected position of request b and KV head h, in order
             of position, for i below ``kept[b]``. Rows of requests that keep everything stay as they were.
 
@@ -196,26 +175,13 @@ def select_slots(slot_table: Tensor, workspace: DecodeWorkspace, batch: int) -> 
         return
     H = workspace.kv_heads
     overlap = overlaps_launches(workspace.device)
-    cut_kernel[(batch, H)](
-        workspace.histogram,
-        workspace.share_counts,
-        workspace.requests,
-        workspace.cuts,
-        workspace.offsets,
-        H=H,
-        BS=SHARE_BLOCK,
-        BINS=workspace.bins,
-        REQUEST=REQUEST,
-        PDL=overlap,
-        launch_pdl=overlap,
-        num_warps=4,
-    )
     n_shares, stride = workspace.pieces(batch)[0], workspace.grid.compact
     compact_kernel[(min(n_shares, stride) * H,)](
         workspace.ranks,
         workspace.shares,
-        workspace.cuts,
-        workspace.offsets,
+        workspace.histogram,
+        workspace.share_counts,
+        workspace.kept,
         slot_table,
         workspace.slots,
         slot_table.stride(0),
@@ -225,6 +191,7 @@ def select_slots(slot_table: Tensor, workspace: DecodeWorkspace, batch: int) -> 
         H=H,
         STRIDE=stride,
         BINS=workspace.bins,
+        BE=EARLIER,
         BL=LANES,
         BC=COLUMNS,
         PIECE=PIECE,

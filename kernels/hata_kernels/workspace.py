@@ -13,8 +13,8 @@ from hata_kernels.reference import HAMMING, WORD_BITS, bins_of, magnitudes
 
 # Query heads of a KV head, at most.
 MAX_GROUP = 16
-# Numbers that describe a piece of work, and a request.
-PIECE, REQUEST = 8, 4
+# Numbers that describe a piece of work.
+PIECE = 8
 # Counts of a share are int16.
 MAX_SHARE = 2**15 - 1
 # Selected tokens in the smallest piece of work of the attention kernel.
@@ -86,16 +86,13 @@ class DecodeWorkspace:
     Attributes:
         planes: [B, H, 1 + P, W] int32, what each bit of a code is worth to the queries.
         ranks: [B, H, stride] uint8, int16 with more than 256 bins: a rank for each cached token.
-        histogram: [B, H, bins] int32, tokens of each rank. Zero between steps.
+        histogram: [B, H, bins] int32, tokens of each rank; cleared when the step's queries are hashed.
         share_counts: [shares, H, bins] int16: tokens of each rank or a lower one in a share.
-        cuts: [B * H, 2] int32: the highest rank that is selected, and how many tokens of that rank are.
-        offsets: [shares, H, 2] int32: tokens below that rank, and on it, in the earlier shares of the request.
         slots: [B * H, max_kept] int32, the selected ones in order of position.
         partial: [pieces, G, Dv] float32, attention over a chunk; partial_lse: [pieces, G], log2 of its softmax sum.
         arrivals: [B * H] int32, chunks that are done. Zero between steps.
-        kept: [B] int32, tokens that each request attends to; requests: [B, 4] int32, that number and the request's
-            first share and last; shares, chunks, all_chunks: [pieces, 8] int32, the work of each program, all_chunks
-            that of a layer that attends to everything. Written by `plan.plan_step`.
+        kept: [B] int32, tokens that each request attends to; shares, chunks, all_chunks: [pieces, 8] int32, the work of
+            each program, all_chunks that of a layer that attends to everything. Written by `plan.plan_step`.
         grid: programs of each kernel.
         max_context: the longest context.
         scoring: how queries are compared with codes of keys.
@@ -105,14 +102,11 @@ class DecodeWorkspace:
     ranks: Tensor
     histogram: Tensor
     share_counts: Tensor
-    cuts: Tensor
-    offsets: Tensor
     slots: Tensor
     partial: Tensor
     partial_lse: Tensor
     arrivals: Tensor
     kept: Tensor
-    requests: Tensor
     shares: Tensor
     chunks: Tensor
     all_chunks: Tensor
@@ -166,14 +160,11 @@ class DecodeWorkspace:
             ranks=zeros(max_batch, kv_heads, stride, dtype=torch.uint8 if bins <= 256 else torch.int16),
             histogram=zeros(max_batch, kv_heads, bins),
             share_counts=zeros(shares, kv_heads, bins, dtype=torch.int16),
-            cuts=zeros(rows, 2),
-            offsets=zeros(shares, kv_heads, 2),
             slots=zeros(rows, max(max_kept, 1)),
             partial=zeros(chunks * kv_heads, G, head_dim, dtype=torch.float32),
             partial_lse=zeros(chunks * kv_heads, G, dtype=torch.float32),
             arrivals=zeros(rows),
             kept=zeros(max_batch),
-            requests=zeros(max_batch, REQUEST),
             shares=zeros(shares, PIECE),
             chunks=zeros(chunks, PIECE),
             all_chunks=zeros(chunks, PIECE),

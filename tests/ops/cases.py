@@ -192,7 +192,7 @@ def make_case(
 
 def poison(workspace: DecodeWorkspace) -> None:
     """Fill the buffers that need not be zero between steps with a sentinel: none is read before it is written."""
-    for name in ("planes", "cuts", "offsets", "slots", "kept", "requests", "partial", "partial_lse"):
+    for name in ("planes", "histogram", "slots", "kept", "partial", "partial_lse"):
         getattr(workspace, name).view(torch.int32).fill_(SENTINEL)
     for name in ("shares", "chunks", "all_chunks"):
         getattr(workspace, name).fill_(SENTINEL)
@@ -242,7 +242,6 @@ def check_step(case: Case, workspace: DecodeWorkspace, codes: Tensor) -> list[Te
     assert torch.equal(case.code_cache[1:], codes[1:]), "codes of the step's keys, or of others"
     assert workspace.kept[:B].tolist() == case.kept + [1] * (B - n), "plan"
     assert torch.equal(workspace.planes[:B], expected_planes(case)), "planes of the queries"
-    assert not workspace.histogram.any(), "histogram after the step"
     assert not workspace.arrivals.any(), "arrivals after the step"
     chosen = []
     untouched = torch.ones_like(workspace.slots, dtype=torch.bool)

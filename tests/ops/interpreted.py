@@ -42,10 +42,11 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workspace, "MIN_CHUNK", 16)
     monkeypatch.setattr(plan, "MIN_CHUNK", 16)
     monkeypatch.setattr(topk, "LANES", 4)
-    monkeypatch.setattr(topk, "SHARE_BLOCK", 4)
+    monkeypatch.setattr(topk, "EARLIER", 4)
     monkeypatch.setattr(attend, "SHORT", (16, 4))
     monkeypatch.setattr(attend, "LONG", (32, 4))
-    monkeypatch.setattr(attend, "MERGE_CHUNKS", 3)
+    monkeypatch.setattr(attend, "FEW_CHUNKS", 2)
+    monkeypatch.setattr(attend, "MANY_CHUNKS", 3)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -213,8 +214,7 @@ def test_a_plan_hands_out_every_token_once(seed: int) -> None:
             assert all(piece[1] == rows[b] for piece in mine), message
             numbers = [[first, i, len(mine)] for i in range(len(mine))]
             if name == "shares":
-                assert room.requests[b, 1:3].tolist() == [first, first + len(mine)], message
-                assert all(piece[4] == lengths[b] for piece in mine), message
+                assert [piece[4:6] for piece in mine] == [[lengths[b], first]] * len(mine), message
             else:
                 selects = name == "chunks" and kept[b] < lengths[b]
                 assert [piece[4:] for piece in mine] == [[selects, *number] for number in numbers], message
@@ -223,7 +223,7 @@ def test_a_plan_hands_out_every_token_once(seed: int) -> None:
 
 
 def test_a_step_leaves_the_workspace_fit_for_the_next() -> None:
-    """The second step has other lengths, and finds counts of zero."""
+    """The second step has other lengths, and finds the counts of the first."""
     room = None
     for seed, lengths in enumerate([[60, 45, 130], [130, 1, 20], [7, 90, 64]]):
         case = make_case(
