@@ -32,11 +32,11 @@ H, G, D, N = 2, 3, 32, 1024
 RECIPE = Recipe(bits=64, steps=100, keys=512, sink=4, recent=16)
 
 
-def synthetic(seed: int) -> Sample:
+def synthetic(seed: int, offset: float = 4) -> Sample:
     """Keys with a large common offset and noise in 24 dimensions, which queries do not look at."""
     draw = torch.Generator().manual_seed(seed)
     keys = torch.randn(H, N, D, generator=draw)
-    keys[..., 8:] = keys[..., 8:] * 3 + 4
+    keys[..., 8:] = keys[..., 8:] * 3 + offset
     looked_for = torch.randn(H, 1, 64, D, generator=draw) + 0.3 * torch.randn(H, G, 64, D, generator=draw)
     looked_for *= torch.where(torch.arange(D) < 8, 8.0, 0.1)
     return Sample(looked_for.flatten(0, 1), keys, torch.linspace(N // 2, N - 1, 64).long(), torch.tensor(D**-0.5))
@@ -47,9 +47,9 @@ def trained(request: pytest.FixtureRequest) -> tuple[str, Tensor]:
     return request.param, train_layer([synthetic(0), synthetic(1)], 5, replace(RECIPE, scoring=request.param))
 
 
-def masses(compared: list[Method]) -> dict[str, float]:
+def masses(compared: list[Method], offset: float = 4) -> dict[str, float]:
     compared = [method for method in methods(Shape(1, H * G, H, D)) if method.name == EXACT] + compared
-    rows = evaluate_layer([synthetic(2)], 5, compared, sink=4, recent=16)
+    rows = evaluate_layer([synthetic(2, offset)], 5, compared, sink=4, recent=16)
     return {s.method: s.mass for s in summarise(rows) if s.budget == 32}
 
 
@@ -68,6 +68,16 @@ def test_training_beats_random_rotations(trained: tuple[str, Tensor]) -> None:
         ]
     )
     assert kept[EXACT] > kept["trained"] > 1.5 * kept["untrained"]
+
+
+def test_training_is_none_the_worse_for_a_large_bias(trained: tuple[str, Tensor]) -> None:
+    """Keys of Qwen2.5 have a mean that is up to a hundred times as long as their deviations."""
+    scoring, weights = trained
+    recipe = replace(RECIPE, scoring=scoring)
+    biased = train_layer([synthetic(0, 40), synthetic(1, 40)], 5, recipe)
+    without = masses([Method("codes", 8, lambda sample, _: codes(sample, weights, scoring))])
+    with_bias = masses([Method("codes", 8, lambda sample, _: codes(sample, biased, scoring))], 40)
+    assert with_bias["codes"] > 0.95 * without["codes"]
 
 
 def test_training_repeats_itself(trained: tuple[str, Tensor]) -> None:
@@ -173,7 +183,7 @@ def test_a_drawn_batch_stands_for_the_whole_sequence(
 
 def test_columns_start_at_right_angles_to_what_all_keys_share() -> None:
     sample = synthetic(7)
-    columns = first_projection([sample], 3, 96)
+    columns = first_projection(sample.keys, 3, 96)
     assert columns.shape == (H, D, 96)
     shared = torch.nn.functional.normalize(sample.keys.mean(1), dim=1)
     along = torch.einsum("hd,hdj->hj", shared, torch.nn.functional.normalize(columns, dim=1))

@@ -6,6 +6,10 @@ A step looks at few queries and, of the keys, at those with the most attention a
 share of the softmax is corrected for. Every other step leaves out the sinks and recent tokens, which a server selects
 whatever their score; the steps between let codes serve with other settings of these.
 
+What all keys of a head have in common, and all queries, moves many times more slowly than the rest (`conditioner`): in
+models with biases it is up to a hundred times as long as the differences that tell keys apart, and a single step in its
+direction would turn a bit to the same side for every key.
+
 Nothing more is learned. On SmolLM2 the keys' norms beside the codes, or a bias for each bit, would add less than half a
 point each: see weights/README.md.
 """
@@ -84,8 +88,12 @@ def train_layer(samples: Sequence[Sample], layer: int, recipe: Recipe) -> Tensor
     H = samples[0].keys.shape[0]
     device = samples[0].keys.device
     draw = torch.Generator(device).manual_seed(SEED + layer)
-    of_keys = first_projection(samples, layer, recipe.bits).requires_grad_()
-    of_queries = of_keys.detach().clone().requires_grad_()
+    all_keys = torch.cat([sample.keys for sample in samples], 1)
+    all_queries = torch.cat([sample.queries.unflatten(0, (H, -1)).sum(1) for sample in samples], 1)
+    of_all_keys, of_all_queries = conditioner(all_keys), conditioner(all_queries)
+    first = first_projection(all_keys, layer, recipe.bits)
+    of_keys = torch.linalg.solve(of_all_keys, first).requires_grad_()
+    of_queries = torch.linalg.solve(of_all_queries, first).requires_grad_()
     sharpness = torch.zeros(H, 1, 1, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([of_keys, of_queries, sharpness], lr=recipe.rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -95,11 +103,11 @@ def train_layer(samples: Sequence[Sample], layer: int, recipe: Recipe) -> Tensor
     for step in range(recipe.steps):
         sample = samples[step % len(samples)]
         target, queries, keys, correction = draw_batch(sample, recipe, step // len(samples), draw)
-        bits = sign(torch.bmm(keys, of_keys))
+        bits = sign(keys @ of_all_keys @ of_keys)
         if recipe.scoring == reference.ONE_SIDED:
-            weights = torch.bmm(queries.sum(1), of_queries)
+            weights = queries.sum(1) @ of_all_queries @ of_queries
         else:
-            weights = sign(torch.einsum("hgmd,hdj->hgmj", _unit(queries), of_queries)).sum(1)
+            weights = sign(_unit(queries) @ (of_all_queries @ of_queries).unsqueeze(1)).sum(1)
         scores = torch.bmm(weights, bits.transpose(1, 2))
         if scale is None:
             scale = FIRST_SPREAD / scores.detach().std((1, 2), keepdim=True)
@@ -107,7 +115,8 @@ def train_layer(samples: Sequence[Sample], layer: int, recipe: Recipe) -> Tensor
         schedule.step()
     # The magnitudes of columns count where queries are not cut down to signs.
     rounded = _to_int8_alike if recipe.scoring == reference.ONE_SIDED else to_int8
-    return torch.stack([to_int8(of_keys.detach().cpu()), rounded(of_queries.detach().cpu())])  # as KEYS, QUERIES
+    projections = (of_all_keys @ of_keys).detach().cpu(), (of_all_queries @ of_queries).detach().cpu()
+    return torch.stack([to_int8(projections[reference.KEYS]), rounded(projections[reference.QUERIES])])
 
 
 def descend(optimizer: torch.optim.Optimizer, logits: Tensor, target: Tensor) -> None:
@@ -118,13 +127,29 @@ def descend(optimizer: torch.optim.Optimizer, logits: Tensor, target: Tensor) ->
     optimizer.step()
 
 
-def first_projection(samples: Sequence[Sample], layer: int, bits: int) -> Tensor:
+def conditioner(rows: Tensor) -> Tensor:
+    """What makes the mean of rows as short as their deviations: [H, D, D] float32, symmetric, to multiply rows by.
+
+    Args:
+        rows: [H, n, D] float32. Where their mean is no longer than that already, the result is the identity.
+    """
+    mean = rows.mean(1, keepdim=True)
+    deviation = (rows - mean).square().mean((1, 2), keepdim=True).sqrt()
+    direction = torch.nn.functional.normalize(mean, dim=2)
+    along = (rows @ direction.transpose(1, 2)).square().mean((1, 2), keepdim=True).sqrt()
+    shrink = (deviation / along).clamp(max=1.0)
+    return torch.eye(rows.shape[2], device=rows.device) + (shrink - 1) * direction.transpose(1, 2) @ direction
+
+
+def first_projection(keys: Tensor, layer: int, bits: int) -> Tensor:
     """The untrained rotations at right angles to the keys' mean: [H, D, bits] float32.
 
     What all keys share would decide their bits, and tell no key from another. Each column is scaled to projections of
     deviation 1.
+
+    Args:
+        keys: [H, n, D] float32.
     """
-    keys = torch.cat([sample.keys for sample in samples], 1)
     H, _, D = keys.shape
     rotation = torch.stack([random_rotation(layer, head, D, bits) for head in range(H)]).to(keys)
     mean = torch.nn.functional.normalize(keys.mean(1, keepdim=True), dim=2)
