@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hata_kernels.reference import HAMMING
 from hata_weights import artifact, shipped
+from hata_weights.biases import folder_common_keys
 from hata_weights.fingerprint import folder_fingerprint
 from hata_weights.rotation import untrained_projection
 from sglang_hata.config import AUTO, HataConfig, HataError
@@ -20,7 +21,8 @@ logger = logging.getLogger(__name__)
 UNREAD = "its safetensors are not, or not all, on this disk at start, or are of no known layout"
 UNTRAINED = (
     "No trained hash weights of %d bits ship for %s%s: codes are untrained rotations. On SmolLM2-135M, with 128 "
-    "bits, they kept 85 to 90 %% of the attention that exact q.k keeps at a budget of 1/64, trained ones 97 to 98 %%. "
+    "bits, they kept 85 to 90 %% of the attention that exact q.k keeps at a budget of 1/64, trained ones 97 to 98 %%; "
+    "models whose keys have biases, as Qwen2's, lose more. "
     "To train yours: hata-weights train %s --text FILES --out DIR, then --hata-weights DIR."
 )
 LONGER = (
@@ -68,15 +70,21 @@ def resolve(config: HataConfig, model: Any) -> HataConfig:
 
 def model_fingerprint(model: Any) -> str | None:
     """What codes of this model depend on, from its files on this disk; None if they are not there, or not known."""
-    folder = Path(model.model_path)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
+    folder = model_folder(model)
+    return folder_fingerprint(folder) if folder else None
 
-        try:
-            folder = Path(snapshot_download(model.model_path, revision=model.revision, local_files_only=True))
-        except (OSError, ValueError):
-            return None
-    return folder_fingerprint(folder)
+
+def model_folder(model: Any) -> Path | None:
+    """Where the files of SGLang's ModelConfig are on this disk; None if nowhere."""
+    folder = Path(model.model_path)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model.model_path, revision=model.revision, local_files_only=True))
+    except (OSError, ValueError):
+        return None
 
 
 def bits_of(config: HataConfig) -> int:
@@ -111,8 +119,10 @@ def rank_projections(config: HataConfig, model: Any, rank: int, size: int, devic
     layers, total, head_dim = model.num_hidden_layers, model.get_total_num_kv_heads(), model.head_dim
     heads = rank_kv_heads(total, rank, size)
     if config.weights == "none":
+        folder = model_folder(model)
+        common = folder_common_keys(folder) if folder else {}
         rotations = {
-            layer: untrained_projection(layer, heads, head_dim, config.bits)
+            layer: untrained_projection(layer, heads, head_dim, config.bits, common.get(layer))
             for layer in range(config.dense_layers, layers)
         }
         return {layer: w.to(device) for layer, w in rotations.items()}

@@ -21,7 +21,6 @@ from hata_weights.capture import Sample, Shape, load_sample
 from hata_weights.evaluate import HASH_ATTENTION, Method, codes, evaluate_layer, methods, rule, untrained
 from hata_weights.mapping import BITS as MAPPING_BITS
 from hata_weights.mapping import train_mapping
-from hata_weights.rotation import untrained_projection
 from hata_weights.train import Recipe, train_layer
 
 BUDGETS = (256, 128, 64, 32, 16, 8)  # one token in ...
@@ -112,8 +111,7 @@ def text_layer(setup: Setup, layer: int, kinds: int, draw: int, learned: Sequenc
     if learned:
         method = setup.trained(setup.load(learned, layer), layer)
     else:
-        rotation = untrained_projection(layer, range(setup.shape.kv_heads), setup.shape.head_dim, DEFAULT.bits)
-        method = served(trained_name(), rotation, DEFAULT.scoring)
+        method = replace(untrained(DEFAULT.bits, DEFAULT.scoring), name=trained_name())
     return setup.measure(layer, [exact, method], kinds=kinds, sequences=len(learned), draw=draw)
 
 

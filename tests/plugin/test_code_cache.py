@@ -112,7 +112,10 @@ def test_rotations_are_orthogonal_fixed_and_distinct() -> None:
 )
 def test_tensor_parallel_ranks_hash_their_own_heads(total: int, size: int, heads: list[list[int]]) -> None:
     assert [rank_kv_heads(total, index, size) for index in range(size)] == heads
-    model = SimpleNamespace(num_hidden_layers=3, head_dim=64, get_total_num_kv_heads=lambda: total)
+    path = "nobody/has-this-model"
+    model = SimpleNamespace(
+        model_path=path, revision=None, num_hidden_layers=3, head_dim=64, get_total_num_kv_heads=lambda: total
+    )
     for index in range(size):
         w = rank_projections(HataConfig(), model, index, size, "cpu")[2]
         assert torch.equal(w, untrained_projection(2, heads[index], 64, 128))

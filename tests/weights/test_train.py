@@ -93,6 +93,19 @@ def test_nothing_beats_the_best_possible_choice(trained: tuple[str, Tensor]) -> 
     assert kept[BEST] >= kept[EXACT] >= max(mass for name, mass in kept.items() if name not in (BEST, EXACT))
 
 
+def test_untrained_codes_choose_better_without_what_keys_have_in_common() -> None:
+    common = torch.where(torch.arange(D) < 8, 0.0, 40.0).expand(H, D)
+    plain, without = (untrained_projection(5, range(H), D, 128, x) for x in (None, common))
+    kept = masses(
+        [
+            Method("plain", 16, lambda sample, _: codes(sample, plain, "hamming")),
+            Method("without", 16, lambda sample, _: codes(sample, without, "hamming")),
+        ],
+        40,
+    )
+    assert kept["without"] > 2 * kept["plain"]
+
+
 def different_projections(bits: int) -> Tensor:
     """One for keys and another for queries."""
     return torch.stack([untrained_projection(layer, range(H), D, bits)[0] for layer in (0, 1)])

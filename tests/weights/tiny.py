@@ -9,8 +9,8 @@ import torch
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM = 3, 4, 2, 32
 
 
-def make_model(folder: Path, seed: int, kv_heads: int = KV_HEADS) -> Path:
-    """Writes it as a Hugging Face folder, which is returned."""
+def make_model(folder: Path, seed: int, kv_heads: int = KV_HEADS, bias: float = 0.0) -> Path:
+    """Writes it as a Hugging Face folder, which is returned; with biases of keys of that deviation, if any."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -25,8 +25,12 @@ def make_model(folder: Path, seed: int, kv_heads: int = KV_HEADS) -> Path:
         head_dim=HEAD_DIM,
         max_position_embeddings=1024,
         initializer_range=0.3,  # attention that prefers some tokens
+        attention_bias=bias > 0,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    for layer in model.model.layers if bias else ():
+        torch.nn.init.normal_(layer.self_attn.k_proj.bias, std=bias)
+    model.to(torch.bfloat16).save_pretrained(folder)
     letters = {letter: n for n, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

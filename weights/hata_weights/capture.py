@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hata_weights.biases import common_keys
 from hata_weights.errors import RequestError
 from hata_weights.fingerprint import fingerprint
 
@@ -36,17 +37,19 @@ class Sample:
         keys: [H, N, D], of all positions.
         positions: [M] int64.
         scale: [] float32, multiplies q . k before the softmax.
+        common: [H, D], what keys have in common by the model's biases (`biases.common_keys`); None without any.
     """
 
     queries: Tensor
     keys: Tensor
     positions: Tensor
     scale: Tensor
+    common: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Sample:
-        """On another device, in float32."""
+        """On another device, in float32; ``common`` stays as it is."""
         queries, keys = self.queries.to(device, torch.float32), self.keys.to(device, torch.float32)
-        return Sample(queries, keys, self.positions.to(device), self.scale.to(device))
+        return Sample(queries, keys, self.positions.to(device), self.scale.to(device), self.common)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Decoder:
         try:
             parameters = {name: p.detach for name, p in self.model.named_parameters()}
             self.fingerprint = fingerprint(parameters, config.to_dict())
+            self.common = common_keys(parameters, config.to_dict())
         except ValueError:
             raise RequestError(f"{model} has no attention with query and key projections: give a decoder.") from None
         self.model = self.model.to(device, torch.float32 if device == "cpu" else self.model.dtype).eval()
@@ -225,6 +229,8 @@ def capture(decoder: Decoder, tokens: Tensor, folder: Path, layers: Container[in
             kept = {"queries": chosen, "keys": key}
             tensors = {name: x.to("cpu", torch.bfloat16).contiguous() for name, x in kept.items()}
             tensors |= {"positions": positions, "scale": torch.tensor(scale)}
+            if layer in decoder.common:
+                tensors["common"] = decoder.common[layer]
             save_file(tensors, unfinished / f"{layer}.safetensors")
 
     decoder.run(tokens, record)

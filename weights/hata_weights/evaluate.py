@@ -134,12 +134,12 @@ def codes(sample: Sample, projection: Tensor, scoring: str) -> Score:
     return score
 
 
-def untrained(bits: int) -> Method:
-    """Hamming codes of random rotations."""
+def untrained(bits: int, scoring: str = reference.HAMMING) -> Method:
+    """Codes of random rotations, as served."""
 
     def prepare(sample: Sample, layer: int) -> Score:
         H, _, D = sample.keys.shape
-        return codes(sample, untrained_projection(layer, range(H), D, bits), reference.HAMMING)
+        return codes(sample, untrained_projection(layer, range(H), D, bits, sample.common), scoring)
 
     return Method(f"Hamming {bits}, untrained", bits / 8, prepare)
 

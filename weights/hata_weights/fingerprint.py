@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,8 +25,11 @@ PARTS = re.compile(
 )
 OTHER_TOWERS = re.compile(r"vision|visual|audio")
 
+Parameters = Mapping[str, Callable[[], Tensor]]  # what gives each parameter, by its name
+T = TypeVar("T")
 
-def fingerprint(parameters: Mapping[str, Callable[[], Tensor]], config: dict[str, Any]) -> str:
+
+def fingerprint(parameters: Parameters, config: dict[str, Any]) -> str:
     """sha256 of the query and key projections, their norms and biases, and the settings of RoPE.
 
     Args:
@@ -71,6 +74,12 @@ def rope(config: dict[str, Any]) -> dict[str, Any]:
 def folder_fingerprint(folder: Path) -> str | None:
     """The fingerprint of a Hugging Face folder, tensor by tensor from its files; None if they do not hold one, or if
     some are missing or broken."""
+    return read_folder(folder, fingerprint)
+
+
+def read_folder(folder: Path, read: Callable[[Parameters, dict[str, Any]], T]) -> T | None:
+    """What ``read`` makes of a Hugging Face folder's parameters, each loaded when asked for, and of its configuration;
+    None if files are missing or broken."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -83,6 +92,6 @@ def folder_fingerprint(folder: Path) -> str | None:
         with ExitStack() as stack:
             opened = [stack.enter_context(safe_open(f, framework="pt")) for f in sorted(folder.glob("*.safetensors"))]
             stored = {name: partial(file.get_tensor, name) for file in opened for name in file.keys()}  # noqa: SIM118
-            return fingerprint(stored, config)
+            return read(stored, config)
     except (OSError, ValueError, KeyError, SafetensorError):
         return None

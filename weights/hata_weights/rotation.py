@@ -26,10 +26,26 @@ def random_rotation(layer: int, kv_head: int, head_dim: int, bits: int) -> Tenso
     return to_int8(columns)
 
 
-def untrained_projection(layer: int, kv_heads: Iterable[int], head_dim: int, bits: int) -> Tensor:
-    """The rotations of some KV heads of a layer, for keys and for queries alike: [2, heads, head_dim, bits] int8."""
-    rotation = torch.stack([random_rotation(layer, head, head_dim, bits) for head in kv_heads])
+def untrained_projection(
+    layer: int, kv_heads: Iterable[int], head_dim: int, bits: int, common: Tensor | None = None
+) -> Tensor:
+    """The rotations of some KV heads of a layer, for keys and for queries alike: [2, heads, head_dim, bits] int8.
+
+    Args:
+        common: [H, head_dim], what the keys of each KV head of the layer have in common (`biases.common_keys`): columns
+            are at right angles to it. None where nothing is known.
+    """
+    heads = list(kv_heads)
+    rotation = torch.stack([random_rotation(layer, head, head_dim, bits) for head in heads])
+    if common is not None:
+        rotation = to_int8(at_right_angles(rotation.double(), common[heads].double()))
     return torch.stack([rotation, rotation])
+
+
+def at_right_angles(columns: Tensor, rows: Tensor) -> Tensor:
+    """Columns [H, D, bits] without their parts along the rows [H, D]; as they are where a row is zero."""
+    direction = torch.nn.functional.normalize(rows, dim=1).unsqueeze(1)
+    return columns - direction.transpose(1, 2) @ (direction @ columns)
 
 
 def to_int8(columns: Tensor) -> Tensor:

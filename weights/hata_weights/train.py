@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hata_kernels import reference
 from hata_weights.capture import Sample
-from hata_weights.rotation import SEED, random_rotation, to_int8
+from hata_weights.rotation import SEED, at_right_angles, random_rotation, to_int8
 
 FIRST_SPREAD = 3.0  # standard deviation of the logits before the first step
 NARROWNESS = 2.0  # of the soft step that gradients see in place of a sign; columns start with a deviation of 1
@@ -152,8 +152,7 @@ def first_projection(keys: Tensor, layer: int, bits: int) -> Tensor:
     """
     H, _, D = keys.shape
     rotation = torch.stack([random_rotation(layer, head, D, bits) for head in range(H)]).to(keys)
-    mean = torch.nn.functional.normalize(keys.mean(1, keepdim=True), dim=2)
-    columns = rotation - mean.transpose(1, 2) @ (mean @ rotation)
+    columns = at_right_angles(rotation, keys.mean(1))
     return columns / torch.bmm(keys[:, ::8], columns).std(1, keepdim=True)
 
 
