@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hata_weights.fingerprint import OTHER_TOWERS, Parameters, read_folder, rope
+from hata_weights.fingerprint import Parameters, parts, read_folder, rope
 
-BIAS = re.compile(r"layers\.(\d+)\.(?:self_attn|self_attention|attention|attn)\.k_proj\.bias$")
-NORM = re.compile(r"layers\.\d+\.(?:self_attn|self_attention|attention|attn)\.(?:k_norm|k_layernorm)\.")
+BIAS = re.compile(r"layers\.(\d+)\.\w+\.k_proj\.bias")
+NORM = re.compile(r"layers\.\d+\.\w+\.(?:k_norm|k_layernorm)\.\w+")
 POSITIONS = 8192
 
 
@@ -30,27 +30,25 @@ def common_keys(parameters: Parameters, config: dict[str, Any]) -> dict[int, Ten
     Returns:
         [H, D] float64 for each layer that has biases; of a model that has none, or norms keys after the bias, nothing.
     """
-    names = {name for name in parameters if not OTHER_TOWERS.search(name)}
-    if any(map(NORM.search, names)):
+    known = parts(parameters)
+    biases = {int(match[1]): load() for name, load in known.items() if (match := BIAS.fullmatch(name))}
+    if not biases or any(map(NORM.fullmatch, known)):
         return {}
     text = config.get("text_config") or config
     heads: int = text.get("num_key_value_heads") or text["num_attention_heads"]
-    found = {match: name for name in names if (match := BIAS.search(name))}
-    return {
-        int(match[1]): mean_over_positions(parameters[name]().detach().cpu().double().view(heads, -1), rope(config))
-        for match, name in found.items()
-    }
+    rows = torch.stack([bias.detach().cpu().double().view(heads, -1) for bias in biases.values()])
+    return dict(zip(biases, mean_over_positions(rows, rope(config)), strict=True))
 
 
 def mean_over_positions(rows: Tensor, settings: dict[str, Any]) -> Tensor:
-    """Mean of what RoPE, in halves, makes of [H, D] rows at each of `POSITIONS` positions; scaling is left out, as it
+    """Mean of what RoPE, in halves, makes of [..., D] rows at each of `POSITIONS` positions; scaling is left out, as it
     changes what turns slowly, and hardly the mean."""
-    D = int(rows.shape[1] * settings["partial"])
+    D = int(rows.shape[-1] * settings["partial"])
     slower = settings["rope_theta"] ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
     angle = torch.arange(POSITIONS, dtype=torch.float64).unsqueeze(1) * slower
     cos, sin = angle.cos().mean(0), angle.sin().mean(0)
-    one, other = rows[:, : D // 2], rows[:, D // 2 : D]
-    return torch.cat([one * cos - other * sin, one * sin + other * cos, rows[:, D:]], 1)
+    one, other = rows[..., : D // 2], rows[..., D // 2 : D]
+    return torch.cat([one * cos - other * sin, one * sin + other * cos, rows[..., D:]], -1)
 
 
 def folder_common_keys(folder: Path) -> dict[int, Tensor]:

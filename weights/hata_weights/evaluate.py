@@ -141,7 +141,7 @@ def untrained(bits: int, scoring: str = reference.HAMMING) -> Method:
         H, _, D = sample.keys.shape
         return codes(sample, untrained_projection(layer, range(H), D, bits, sample.common), scoring)
 
-    return Method(f"Hamming {bits}, untrained", bits / 8, prepare)
+    return Method(f"{scoring.capitalize()} {bits}, untrained", bits / 8, prepare)
 
 
 def rule(budget: int, sink: int, recent: int) -> reference.Budget:

@@ -41,7 +41,7 @@ def fingerprint(parameters: Parameters, config: dict[str, Any]) -> str:
         ValueError: no parameter of that kind is there.
     """
     digest = hashlib.sha256()
-    chosen = {short: load for name, load in parameters.items() if (short := part(name))}
+    chosen = parts(parameters)
     if not chosen:
         raise ValueError("The model has no query and key projections under names that are known.")
     for name, load in sorted(chosen.items()):
@@ -50,6 +50,11 @@ def fingerprint(parameters: Parameters, config: dict[str, Any]) -> str:
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # scales of fp8 have no dimension
     digest.update(json.dumps(rope(config), sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def parts(parameters: Parameters) -> dict[str, Callable[[], Tensor]]:
+    """The parameters that codes depend on, by their names from "layers." on."""
+    return {short: load for name, load in parameters.items() if (short := part(name))}
 
 
 def part(name: str) -> str:
