@@ -28,13 +28,13 @@ from hata_kernels.reference import (
     QUERIES,
     ROW_EXPONENT,
     WORD_BITS,
+    group_exponent,
 )
 from hata_kernels.workspace import DecodeWorkspace
 
 MIN_EXPONENT = tl.constexpr(MIN_BIASED_EXPONENT)
 MAX_EXPONENT = tl.constexpr(MAX_BIASED_EXPONENT)
-# Exponent field of the scaling factor for a row with exponent field 0: twice float32's bias, plus ours.
-SCALE_EXPONENT = tl.constexpr(2 * 127 + ROW_EXPONENT)
+OF_ROW = tl.constexpr(ROW_EXPONENT)
 # 1.5 * 2^23: adding it to |y| < 2^22 rounds y half to even and leaves the integer in the low mantissa bits.
 ROUND_MAGIC = tl.constexpr(12582912.0)
 ROUND_MAGIC_BITS = tl.constexpr(0x4B400000)
@@ -47,21 +47,14 @@ FEW_ROWS, MANY_ROWS = 16, 64
 
 
 @triton.jit
-def integers(b_x):
-    """[M, D] float32 -> [M, D] int32: `reference.integer_rows`."""
-    b_largest = tl.max(tl.abs(b_x), axis=1)
+def integer_planes(b_x, b_largest, exponent):
+    """Rows [M, D] float32 and what to scale each by [M] -> `reference.integer_rows` as two int8 planes (lo, hi), each
+    integer 256 * hi + lo."""
     b_exponent = b_largest.to(tl.int32, bitcast=True) >> 23
     b_exponent = tl.minimum(tl.maximum(b_exponent, MIN_EXPONENT), MAX_EXPONENT)
-    b_scale = ((-b_exponent + SCALE_EXPONENT) << 23).to(tl.float32, bitcast=True)
+    b_scale = ((-b_exponent + (2 * 127 + exponent)) << 23).to(tl.float32, bitcast=True)
     # Exact product, then one rounding: the same bits whether or not this becomes a fused multiply-add.
-    b_rounded = b_x * b_scale[:, None] + ROUND_MAGIC
-    return b_rounded.to(tl.int32, bitcast=True) - ROUND_MAGIC_BITS
-
-
-@triton.jit
-def integer_planes(b_x):
-    """[M, D] float32 -> its integer rows as two int8 planes (lo, hi), row = 256 * hi + lo."""
-    b_row = integers(b_x)
+    b_row = (b_x * b_scale[:, None] + ROUND_MAGIC).to(tl.int32, bitcast=True) - ROUND_MAGIC_BITS
     b_lo = ((b_row + 128) & 255) - 128
     b_hi = (b_row - b_lo) >> 8
     return b_lo.to(tl.int8), b_hi.to(tl.int8)
@@ -74,14 +67,10 @@ def projected(b_lo, b_hi, b_p):
 
 
 @triton.jit
-def group_in_every_row(b_x, G: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr):
-    """[BR * BG, BD] float32: each request's G query rows become their sum, as integers of one scale; keys stay."""
-    b_x = tl.reshape(b_x, [BR, BG, BD])
-    m_q = (tl.arange(0, BG) < G)[None, :, None]
-    b_queries = tl.reshape(tl.where(m_q, b_x, 0.0), [BR, BG * BD])
-    b_row = tl.reshape(integers(b_queries), [BR, BG, BD])
-    b_sum = tl.sum(b_row, axis=1).to(tl.float32)  # below 2^19: exact
-    return tl.reshape(tl.where(m_q, b_sum[:, None, :], b_x), [BR * BG, BD])
+def largest_of_group(b_largest, BR: tl.constexpr, BG: tl.constexpr):
+    """[BR * BG], of rows -> [BR * BG]: each row's the largest of its request's."""
+    b_group = tl.max(tl.reshape(b_largest, [BR, BG]), axis=1)
+    return tl.reshape(tl.broadcast_to(b_group[:, None], [BR, BG]), [BR * BG])
 
 
 @triton.jit
@@ -116,7 +105,8 @@ def hash_rows_kernel(
     o_token = o_m.to(tl.int64)
     p_x = x + o_token * x_token_stride + i_h.to(tl.int64) * x_head_stride
     b_x = tl.load(p_x[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
-    b_lo, b_hi = integer_planes(b_x.to(tl.float32))
+    b_x = b_x.to(tl.float32)
+    b_lo, b_hi = integer_planes(b_x, tl.max(tl.abs(b_x), axis=1), OF_ROW)
 
     o_out = o_token
     if HAS_LOC:
@@ -159,8 +149,10 @@ def hash_decode_step_kernel(
     P: tl.constexpr,
     BINS: tl.constexpr,
     ONE_SIDED: tl.constexpr,
+    OF_GROUP: tl.constexpr,
     BR: tl.constexpr,
     BG: tl.constexpr,
+    BP: tl.constexpr,
     BW: tl.constexpr,
     STORE_KV: tl.constexpr,
     PDL: tl.constexpr,
@@ -187,9 +179,12 @@ def hash_decode_step_kernel(
     b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q[:, None] & m_d, other=0.0)
     b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_k[:, None] & m_d, other=0.0)
     b_x = tl.where(m_k[:, None], b_k, b_q).to(tl.float32)
+    b_largest = tl.max(tl.abs(b_x), axis=1)
+    exponent = OF_ROW
     if ONE_SIDED:
-        b_x = group_in_every_row(b_x, G, BR, BG, BD)
-    b_lo, b_hi = integer_planes(b_x)
+        b_largest = largest_of_group(b_largest, BR, BG)  # a key has its tile's rows to itself
+        exponent = tl.where(i_side == OF_QUERIES, OF_GROUP, OF_ROW)
+    b_lo, b_hi = integer_planes(b_x, b_largest, exponent)
     b_acc = tl.reshape(projected(b_lo, b_hi, b_p), [BR, BG, BW * 32])
     b_bit = (b_acc > 0).to(tl.int32)
 
@@ -214,9 +209,8 @@ def hash_decode_step_kernel(
                 b_v = tl.load(p_v[:, None] + o_dv[None, :], mask=m_v, other=0.0)
                 tl.store(v_pool + b_row[:, None] * DV + o_dv[None, :], b_v, mask=m_v)
     else:
-        p_plane = planes + (o_r.to(tl.int64) * H + i_h)[:, None] * ((1 + P) * (BITS // 32)) + o_w
         if ONE_SIDED:
-            b_weight = tl.sum(tl.where(o_g == 0, b_acc, 0), axis=1)
+            b_weight = tl.sum(b_acc, axis=1)  # rows without a query are zero
             b_unit = (tl.max(tl.abs(b_weight), axis=1) >> 8)[:, None]
             b_magnitude = tl.zeros([BR, BW * 32], tl.int32)
             for i_step in tl.static_range(1, 1 << P):
@@ -224,10 +218,14 @@ def hash_decode_step_kernel(
         else:
             b_weight = 2 * tl.sum(tl.where(o_g < G, b_bit, 0), axis=1) - G
             b_magnitude = tl.abs(b_weight) >> (1 - G % 2)
-        tl.store(p_plane, pack(((b_weight > 0) & (b_magnitude > 0)).to(tl.int32), BR, BW), mask=m_r)
-        for i_p in tl.static_range(P):
-            b_plane = pack((b_magnitude >> i_p) & 1, BR, BW)
-            tl.store(p_plane + (1 + i_p) * (BITS // 32), b_plane, mask=m_r)
+        b_digits = 2 * b_magnitude + ((b_weight > 0) & (b_magnitude > 0)).to(tl.int32)
+        # All planes are packed at once: each time is a few barriers.
+        o_plane = tl.arange(0, BP)[None, :, None]
+        b_words = pack(tl.reshape((b_digits[:, None, :] >> o_plane) & 1, [BR * BP, BW * 32]), BR * BP, BW)
+        o_row = tl.arange(0, BR * BP)
+        o_to = (i_m * BR + o_row // BP).to(tl.int64)
+        p_plane = planes + ((o_to * H + i_h) * (1 + P) + o_row % BP)[:, None] * (BITS // 32) + o_w
+        tl.store(p_plane, b_words, mask=((o_to < batch) & (o_row % BP <= P))[:, None])
 
 
 def check_projection(projection: Tensor, device: torch.device) -> tuple[int, int, int]:
@@ -376,8 +374,10 @@ def hash_decode_step(
         P=workspace.planes.shape[2] - 1,
         BINS=workspace.bins,
         ONE_SIDED=one_sided,
+        OF_GROUP=group_exponent(G),
         BR=BR,
         BG=BG,
+        BP=triton.next_power_of_2(workspace.planes.shape[2]),
         BW=BW,
         STORE_KV=store_kv,
         PDL=overlaps_launches(q.device),

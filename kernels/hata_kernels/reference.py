@@ -110,8 +110,8 @@ class Budget:
         return kept if kept < max_context else 0
 
 
-def integer_rows(x: Tensor) -> Tensor:
-    """Each row of ``x`` as integers of at most 15 bits with sign: int32, the shape of ``x`` [..., D].
+def integer_rows(x: Tensor, exponent: int = ROW_EXPONENT) -> Tensor:
+    """Each row of ``x`` as integers, the largest at least 2^exponent and below twice that: int32, the shape of ``x``.
 
     Scaling by a power of two and rounding half to even are exact, and a sum of D <= 256 products with int8
     stays below 2^31. So the projection of a row is one integer, whatever the device, the kernel, the batch
@@ -120,7 +120,7 @@ def integer_rows(x: Tensor) -> Tensor:
     x = x.to(torch.float32)
     largest = x.abs().amax(dim=-1, keepdim=True)
     biased = (largest.view(torch.int32) >> 23).clamp(MIN_BIASED_EXPONENT, MAX_BIASED_EXPONENT)
-    scale = ((2 * 127 + ROW_EXPONENT - biased) << 23).view(torch.float32)
+    scale = ((2 * 127 + exponent - biased) << 23).view(torch.float32)
     return torch.round(x * scale).to(torch.int32)
 
 
@@ -188,13 +188,17 @@ def query_weights(query: Tensor, projection: Tensor, scoring: str = HAMMING) -> 
     if scoring == HAMMING:
         ones = unpack_bits(hash_codes(query, projection)).view(B, H, G, bits).sum(2, dtype=torch.int32)
         return (2 * ones - G) // (1 if G % 2 else 2)  # exact: 2 n - G is even where G is
-    # One power of two for the whole group, so that its rows can be added.
-    group = integer_rows(query.reshape(B, H, G * D)).view(B, H, G, D).sum(2, dtype=torch.int32)
-    rows = integer_rows(group).to(torch.float64)
-    projected = torch.einsum("bhd,hdj->bhj", rows, projection.to(torch.float64)).to(torch.int32)
+    # One power of two for the whole group, so that its rows can be added, and their sum is no longer than one row.
+    rows = integer_rows(query.reshape(B, H, G * D), group_exponent(G)).view(B, H, G, D).to(torch.float64)
+    projected = torch.einsum("bhgd,hdj->bhj", rows, projection.to(torch.float64)).to(torch.int32)
     unit = projected.abs().amax(dim=-1, keepdim=True) >> 8
     steps = torch.stack([projected.abs() >= unit * step for step in MAGNITUDE_STEPS]).sum(0, dtype=torch.int32)
     return torch.where(projected > 0, steps, -steps)
+
+
+def group_exponent(group: int) -> int:
+    """The exponent of `integer_rows` at which a sum of ``group`` rows still has the length of one row."""
+    return ROW_EXPONENT - (group - 1).bit_length()
 
 
 def magnitudes(group: int, scoring: str = HAMMING) -> int:
