@@ -38,8 +38,8 @@ and 1 recent token, all but the current token is selected by score.
 
 ## Data
 
-Trained on the first {tokens:,} tokens of each of {texts} texts (tokens' SHA-256 `{data}`); the texts' own are in
-`weights/texts.json`.
+Trained for {steps:,} steps on {sequences} sequences of {tokens:,} tokens, the first of {texts} texts (tokens' SHA-256
+`{data}`); the texts' own are in `weights/texts.json`.
 
 | kind | source | licence |
 |---|---|---|
@@ -54,7 +54,8 @@ Measured on, and never trained on:
 ## To repeat
 
 ```sh
-hata-weights train {model} --text train/* --test {tests} --tokens {tokens} --bits {bits} --out {folder}
+hata-weights train {model} --text train/* --test {tests} --tokens {tokens} \\
+  --sequences {sequences} --steps {steps} --bits {bits} --out {folder}
 ```
 
 {note}

@@ -8,7 +8,7 @@ frontier: attention mass against bytes read, for every encoder and budget; all l
 text: the default codes, learned from more and from more diverse text, in a few layers.
 finetune: tunes the model on text of another domain, and measures the base model's codes on it beside new ones.
 
-Every path of --train is a kind of text. A layer is trained and measured by itself, several at a time on a GPU, and
+Every path of --train is a kind of text. Several tasks run at a time on a GPU, a layer or an amount of text each, and
 what is finished lies in --scratch, from which the same command goes on. Writes benchmarks/results/codes-MODEL.json,
 codes-text-MODEL.json or codes-finetune-MODEL.json as results come, and plots. A checkout is enough, with
 PYTHONPATH=kernels:weights. The rows of HATA's own training are explained in paper.py.
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.codes import report, tuning
-from benchmarks.codes.work import DEFAULT, Record, Setup, Task, each, finetune_layer, frontier_layer, text_layer
+from benchmarks.codes.work import DEFAULT, Record, Setup, Task, each, finetune_layer, frontier_layer, text_layers
 from benchmarks.common import RESULTS, header, installed
 from hata_weights import artifact, jobs
 from hata_weights.capture import Decoder, capture, data_fingerprint, read_sequences, read_text
@@ -63,10 +63,10 @@ def options() -> argparse.ArgumentParser:
         command.add_argument("--test", type=Path, nargs="+", required=True, metavar="PATH", help="a text each")
         command.add_argument("--tokens", type=int, help="a sequence (default: 8192, or the model's longest if less)")
         command.add_argument("--steps", type=int, default=DEFAULT.steps, help=f"a layer (default: {DEFAULT.steps})")
-        command.add_argument("--dense-layers", type=int, default=2, help="first layers left out (default: 2)")
+        command.add_argument("--dense-layers", type=int, default=1, help="first layers left out (default: 1)")
         command.add_argument("--layers", type=layer_list, metavar="N,N", help="only these layers")
         command.add_argument("--device", help="default: cuda if there is one, or cpu")
-        command.add_argument("--workers", type=int, help="layers at a time (default: 4 on a GPU, 1 on a CPU)")
+        command.add_argument("--workers", type=int, help="tasks at a time (default: 4 on a GPU, 1 on a CPU)")
         command.add_argument("--scratch", type=Path, help="keep samples and finished layers here, and go on from them")
         command.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
         if work is text:
@@ -119,12 +119,12 @@ def text(args: argparse.Namespace, scratch: Path) -> None:
     run.begin({kind: data_fingerprint(cut) for kind, cut in sequences.items()})
     captured = {kind: run.capture(f"train-{kind}", cut, jobs.to_learn_from) for kind, cut in sequences.items()}
     tests = run.capture_tests("test", run.tests)
-    tasks: dict[str, Task] = {f"none-{layer}": (layer, 0, 0, ()) for layer in run.layers}
+    tasks: dict[str, Task] = {"none": (run.layers, 0, 0, ())}
     for (k, n, draw), cell in cells.items():
         learned = [folder for kind, share in cell.items() for folder in captured[kind][:share]]
-        tasks |= {f"{k}-kinds-{n}-draw-{draw}-{layer}": (layer, k, draw, learned) for layer in run.layers}
+        tasks[f"{k}-kinds-{n}-draw-{draw}"] = (run.layers, k, draw, learned)
     run.report["draws"] = [[args.train[kind].name for kind in order] for order in orders]
-    run.collect(text_layer, tests, tasks)
+    run.collect(text_layers, tests, tasks)
     report.show_text(run.report, run.path(".png"))
 
 

@@ -1,4 +1,4 @@
-"""What is measured of a layer, a task each, and the processes that do it."""
+"""What is measured, a task each, and the processes that do it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hata_weights.capture import Sample, Shape, load_sample
 from hata_weights.evaluate import HASH_ATTENTION, Method, codes, evaluate_layer, methods, rule, untrained
 from hata_weights.mapping import BITS as MAPPING_BITS
 from hata_weights.mapping import train_mapping
-from hata_weights.train import Recipe, train_layer
+from hata_weights.train import Recipe, train_layer, train_layers
 
 BUDGETS = (256, 128, 64, 32, 16, 8)  # one token in ...
 BITS = (64, 128, 256)
@@ -55,7 +55,7 @@ class Setup:
     weights: Sequence[Path]
 
     def load(self, folders: Iterable[Path], layer: int) -> list[Sample]:
-        return [load_sample(folder, layer, self.device) for folder in folders]
+        return [load_sample(folder, [layer], self.device) for folder in folders]
 
     def trained(
         self, samples: Sequence[Sample], layer: int, bits: int = DEFAULT.bits, scoring: str = DEFAULT.scoring
@@ -105,14 +105,20 @@ def frontier_layer(setup: Setup, layer: int, learned: Sequence[Path], hash_atten
     return setup.measure(layer, compared)
 
 
-def text_layer(setup: Setup, layer: int, kinds: int, draw: int, learned: Sequence[Path]) -> list[Record]:
-    """The default codes from some of the training text; from none of it, the untrained rotation."""
+def text_layers(setup: Setup, layers: Sequence[int], kinds: int, draw: int, learned: Sequence[Path]) -> list[Record]:
+    """The default codes from some of the training text, all layers at once; from none of it, the untrained rotation."""
     exact, *_ = methods(setup.shape)
+    compared = [replace(untrained(DEFAULT.bits, DEFAULT.scoring), name=trained_name())] * len(layers)
     if learned:
-        method = setup.trained(setup.load(learned, layer), layer)
-    else:
-        method = replace(untrained(DEFAULT.bits, DEFAULT.scoring), name=trained_name())
-    return setup.measure(layer, [exact, method], kinds=kinds, sequences=len(learned), draw=draw)
+        samples = [load_sample(folder, layers, setup.device) for folder in learned]
+        projections = train_layers(samples, layers, replace(DEFAULT, steps=setup.steps))
+        compared = [served(trained_name(), projection, DEFAULT.scoring) for projection in projections]
+    about = {"kinds": kinds, "sequences": len(learned), "draw": draw}
+    return [
+        record
+        for layer, method in zip(layers, compared, strict=True)
+        for record in setup.measure(layer, [exact, method], **about)
+    ]
 
 
 def finetune_layer(

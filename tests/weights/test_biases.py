@@ -71,7 +71,7 @@ def test_a_server_and_the_table_of_eval_leave_out_what_keys_have_in_common(biase
     decoder = Decoder(str(biased), "cpu")
     capture(decoder, torch.arange(256), tmp_path / "sample", range(1, LAYERS), torch.arange(128, 256))
     for layer in range(1, LAYERS):
-        sample = load_sample(tmp_path / "sample", layer, "cpu")
+        sample = load_sample(tmp_path / "sample", [layer], "cpu")
         assert sample.common is not None
         measured = untrained_projection(layer, range(KV_HEADS), HEAD_DIM, 64, sample.common)
         assert torch.equal(served[layer], measured)

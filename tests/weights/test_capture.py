@@ -31,7 +31,7 @@ def test_the_first_layer_is_what_a_hand_computes(tmp_path: Path, text: Path, kv_
     decoder = Decoder(str(make_model(tmp_path / "model", seed=1, kv_heads=kv_heads)), "cpu")
     (tokens,) = read_sequences(decoder, [text], 300, 1)
     capture(decoder, tokens, tmp_path / "sample", range(LAYERS), throughout(300, 40))
-    sample = load_sample(tmp_path / "sample", 0, "cpu")
+    sample = load_sample(tmp_path / "sample", [0], "cpu")
 
     model, first = decoder.model, decoder.model.layers[0]
     with torch.inference_mode():

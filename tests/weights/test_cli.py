@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,21 +65,21 @@ def test_an_interrupted_run_goes_on(tiny: Path, text: Path, tmp_path: Path, monk
     options = ("--dense-layers", "0")
     assert train(tiny, text, whole, *options).exit_code == 0
     done: list[int] = []
-    real = jobs.train_layer
+    real = jobs.train_layers
 
-    def stops_at_2(samples: object, layer: int, recipe: object) -> object:
-        if layer == 2 and len(done) < LAYERS:
+    def stops_at_2(samples: object, layers: Sequence[int], *rest: object) -> object:
+        if layers[0] == 2 and len(done) < LAYERS:
             raise KeyboardInterrupt
-        done.append(layer)
-        return real(samples, layer, recipe)  # type: ignore[arg-type]
+        done.extend(layers)
+        return real(samples, layers, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(jobs, "train_layer", stops_at_2)
+    monkeypatch.setattr(jobs, "train_layers", stops_at_2)
     assert train(tiny, text, out, *options).exit_code == 130
     again = train(tiny, text, out, *options)
     assert (again.exit_code, "add --resume to go on" in again.output) == (2, True)
     other = train(tiny, text, out, *options, "--resume", "--bits", "256")
     assert (other.exit_code, "had another recipe: repeat its command" in other.output) == (2, True)
-    monkeypatch.setattr(jobs, "train_layer", lambda *a: done.append(a[1]) or real(*a))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(jobs, "train_layers", lambda *a: done.extend(a[1]) or real(*a))  # type: ignore[func-returns-value]
     assert train(tiny, text, out, *options, "--resume").exit_code == 0
     assert done == [0, 1, 2]  # no layer twice
     assert (out / artifact.TENSOR_FILE).read_bytes() == (whole / artifact.TENSOR_FILE).read_bytes()

@@ -47,6 +47,7 @@ class Identity:
         fingerprint: of the model's weights that codes depend on (see `fingerprint`); empty if unknown.
         data: sha256 of the tokens that it was trained on; empty if untrained.
         tokens: the longest sequence that it was trained on; 0 if unknown.
+        sequences, steps: how many sequences it was trained on, and for how long; 0 if unknown.
         scores: what was measured on text that it was not trained on: rows of "text", "tokens", "sink", "recent",
             "budget", "mass", "exact_mass", "best_mass", "worst_head" and "bytes_per_token".
     """
@@ -63,6 +64,8 @@ class Identity:
     fingerprint: str = ""
     data: str = ""
     tokens: int = 0
+    sequences: int = 0
+    steps: int = 0
     scores: tuple[dict[str, Any], ...] = ()
 
 

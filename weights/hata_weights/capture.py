@@ -237,6 +237,15 @@ def capture(decoder: Decoder, tokens: Tensor, folder: Path, layers: Container[in
     unfinished.rename(folder)
 
 
-def load_sample(folder: Path, layer: int, device: str) -> Sample:
-    """One layer's sample, in float32 on ``device``."""
-    return Sample(**load_file(folder / f"{layer}.safetensors")).to(device)
+def load_sample(folder: Path, layers: Sequence[int], device: str) -> Sample:
+    """One sequence's sample, in float32 on ``device``: the heads of ``layers``, one layer's after another's.
+
+    Queries are as long as the first layer's ``scale`` needs them to be.
+    """
+    of_layers = [load_file(folder / f"{layer}.safetensors") for layer in layers]
+    first = of_layers[0]
+    queries = [of["queries"].to(torch.float32) * (of["scale"] / first["scale"]) for of in of_layers]
+    joined = {"queries": torch.cat(queries), "keys": torch.cat([of["keys"] for of in of_layers])}
+    if "common" in first:
+        joined["common"] = torch.cat([of["common"] for of in of_layers])
+    return Sample(**{**first, **joined}).to(device)

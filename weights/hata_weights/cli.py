@@ -95,14 +95,14 @@ def main() -> None:
     show_default=True,
     help="one-sided keeps four bits a code bit of queries and chooses better; hamming is the paper's.",
 )
-@click.option("--steps", type=click.IntRange(min=1), default=2500, show_default=True, help="Steps a layer.")
+@click.option("--steps", type=click.IntRange(min=1), help="Steps a layer.  [default: 2500, or 20000 on a GPU]")
 @click.option(
     "--sequences",
     type=click.IntRange(min=1),
     help=f"To learn from, at most.  [default: one of each path, {DEFAULT_SEQUENCES} at least]",
 )
 @tokens_option
-@click.option("--dense-layers", type=click.IntRange(min=0), default=2, show_default=True, help="First layers left out.")
+@click.option("--dense-layers", type=click.IntRange(min=0), default=1, show_default=True, help="First layers left out.")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run in --out.")
 @device_option
 def train(
@@ -112,7 +112,7 @@ def train(
     out: Path,
     bits: str,
     scoring: str,
-    steps: int,
+    steps: int | None,
     sequences: int | None,
     tokens: int | None,
     dense_layers: int,
@@ -130,7 +130,7 @@ def train(
       python -m sglang.launch_server --model-path ./SmolLM2-135M --hata --hata-weights smollm2-hata
     """
     from hata_weights import jobs
-    from hata_weights.train import Recipe
+    from hata_weights.train import STEPS, STEPS_ON_GPU, Recipe
 
     begun = time.monotonic()
     _require(text + test)
@@ -144,6 +144,7 @@ def train(
         learned = jobs.Text(learned.name, learned.sequences[:-1])
     else:
         raise RequestError("The text makes one sequence, which leaves none to measure on: give more, or --test.")
+    steps = steps or (STEPS_ON_GPU if decoder.device.startswith("cuda") else STEPS)
     recipe = Recipe(bits=int(bits), scoring=scoring, steps=steps)
     identity = jobs.train(
         decoder, learned, held_out, out, recipe, dense_layers=dense_layers, resume=resume, track=_track
@@ -165,7 +166,7 @@ def train(
 @click.option("--sequences", type=click.IntRange(min=1), help="To measure on, at most.  [default: one of each path]")
 @tokens_option
 @click.option(
-    "--dense-layers", type=click.IntRange(min=0), help="First layers left out.  [default: as the weights, or 2]"
+    "--dense-layers", type=click.IntRange(min=0), help="First layers left out.  [default: as the weights, or 1]"
 )
 @click.option(
     "--budgets", default="128,64,32,16", show_default=True, metavar="N,N", help="Attend to one token in N, for each N."
@@ -215,7 +216,7 @@ def evaluate(
     decoder = _decoder(model, device)
     if weights and loaded:
         jobs.require_fit(decoder, weights, loaded[0])
-    first = dense_layers if dense_layers is not None else loaded[0].dense_layers if loaded else 2
+    first = dense_layers if dense_layers is not None else loaded[0].dense_layers if loaded else 1
     if loaded and first < loaded[0].dense_layers:
         raise RequestError(f"--dense-layers {first} is too few: the weights begin at layer {loaded[0].dense_layers}.")
     chosen = _read(decoder, text, tokens, sequences or len(text))

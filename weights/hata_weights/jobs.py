@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -33,7 +34,7 @@ from hata_weights.evaluate import (
     summarise,
 )
 from hata_weights.mapping import BITS, train_mapping
-from hata_weights.train import Recipe, train_layer
+from hata_weights.train import Recipe, layers_at_once, train_layers
 
 T = TypeVar("T")
 # Wraps what is looped over in a progress bar: a description and the items.
@@ -110,14 +111,22 @@ def train(
     for tokens, folder, queries in track("Reading", read):
         capture(decoder, tokens, folder, layers, queries(tokens))
     trained: dict[int, Tensor] = {}
-    for layer in track("Training", layers):
-        path = partial / f"layer-{layer}.safetensors"
-        if not path.exists():
-            samples = [load_sample(folder, layer, decoder.device) for folder in learned]
-            unfinished = path.with_suffix(".unfinished")
-            save_file({"projection": train_layer(samples, layer, recipe)}, unfinished)
-            unfinished.rename(path)
-        trained[layer] = load_file(path)["projection"]
+    at_once = layers_at_once(learned, layers[0], recipe, decoder.device)
+    groups = [layers[first : first + at_once] for first in range(0, len(layers), at_once)]
+    steps = iter(track("Training", range(len(groups) * recipe.steps)))
+    for group in groups:
+        paths = {layer: partial / f"layer-{layer}.safetensors" for layer in group}
+        if all(path.exists() for path in paths.values()):
+            list(islice(steps, recipe.steps))
+        else:
+            samples = [load_sample(folder, group, decoder.device) for folder in learned]
+            projections = train_layers(samples, group, recipe, lambda: next(steps))
+            for path, projection in zip(paths.values(), projections, strict=True):
+                unfinished = path.with_suffix(".unfinished")
+                save_file({"projection": projection.contiguous()}, unfinished)
+                unfinished.rename(path)
+        trained |= {layer: load_file(path)["projection"] for layer, path in paths.items()}
+    next(steps, None)  # ends the bar
     identity = Identity(
         decoder.name,
         shape.layers,
@@ -130,6 +139,8 @@ def train(
         fingerprint=decoder.fingerprint,
         data=str(plan["data"]),
         tokens=max(map(len, text.sequences)),
+        sequences=len(text.sequences),
+        steps=recipe.steps,
     )
     compared = [method for method in methods(shape, (identity, trained)) if method.name in (EXACT, TRAINED)]
     scores: list[dict[str, Any]] = []
@@ -204,7 +215,7 @@ def evaluate(
         def of_layer(layer: int) -> list[Method]:
             if not learned:
                 return compared
-            mapping = train_mapping([load_sample(f, layer, decoder.device) for f in learned], layer, Recipe())
+            mapping = train_mapping([load_sample(f, [layer], decoder.device) for f in learned], layer, Recipe())
             size = BITS / 8 * decoder.shape.query_heads / decoder.shape.kv_heads
             return [*compared, Method(HASH_ATTENTION, size, lambda sample, _: mapping)]
 
@@ -223,7 +234,7 @@ def _evaluate(
 ) -> list[Row]:
     rows: list[Row] = []
     for layer in track("Measuring", layers):
-        samples = (load_sample(folder, layer, decoder.device) for folder in folders)
+        samples = (load_sample(folder, [layer], decoder.device) for folder in folders)
         rows += evaluate_layer(samples, layer, compared(layer), sink=sink, recent=recent, budgets=budgets)
     return rows
 

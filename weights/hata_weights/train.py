@@ -1,4 +1,4 @@
-"""Learns the two projections of one layer, of keys and of queries, all KV heads at once.
+"""Learns the two projections of a layer, of keys and of queries, for all KV heads of one or more layers at once.
 
 The codes' scores are distilled from exact attention: a softmax over the scores of the keys is held to the KV head's
 attention, averaged over its query heads, by cross-entropy. Signs let gradients through near zero (straight-through).
@@ -17,18 +17,22 @@ point each: see weights/README.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hata_kernels import reference
-from hata_weights.capture import Sample
+from hata_weights.capture import Sample, load_sample
 from hata_weights.rotation import SEED, at_right_angles, random_rotation, to_int8
 
 FIRST_SPREAD = 3.0  # standard deviation of the logits before the first step
+STEPS, STEPS_ON_GPU = 2500, 20_000  # more are better, slowly
+ROOM = 0.8  # of a GPU's free memory that training may take
+LOGITS = 6  # copies of a step's attention logits that are alive at a time, about
 NARROWNESS = 2.0  # of the soft step that gradients see in place of a sign; columns start with a deviation of 1
 
 
@@ -48,7 +52,7 @@ class Recipe:
 
     bits: int = 128
     scoring: str = reference.ONE_SIDED
-    steps: int = 2500
+    steps: int = STEPS
     queries: int = 16
     keys: int = 2048
     rate: float = 0.02
@@ -75,26 +79,31 @@ def sign(x: Tensor) -> Tensor:
     return _Sign.apply(x)
 
 
-def train_layer(samples: Sequence[Sample], layer: int, recipe: Recipe) -> Tensor:
+def train_layers(
+    samples: Sequence[Sample], layers: Sequence[int], recipe: Recipe, done: Callable[[], object] = lambda: None
+) -> Tensor:
     """Trains from the untrained rotations of `rotation`; the same samples give the same weights on the same machine.
 
     Args:
-        samples: of this layer, one a sequence, float32, on the device to train on.
-        layer: its number, which seeds the random numbers.
+        samples: of these layers (`capture.load_sample`), one a sequence, float32, on the device to train on.
+        layers: their numbers. Steps are small, and a GPU takes about as long for many layers as for one. They share
+            random numbers, and nothing else.
+        done: called after each step.
 
     Returns:
-        [2, H, D, bits] int8, of keys and of queries, on the CPU.
+        [layers, 2, H, D, bits] int8, of keys and of queries, on the CPU.
     """
-    H = samples[0].keys.shape[0]
+    heads = samples[0].keys.shape[0]
     device = samples[0].keys.device
-    draw = torch.Generator(device).manual_seed(SEED + layer)
+    draw = torch.Generator(device).manual_seed(SEED)
     all_keys = torch.cat([sample.keys for sample in samples], 1)
-    all_queries = torch.cat([sample.queries.unflatten(0, (H, -1)).sum(1) for sample in samples], 1)
+    all_queries = torch.cat([sample.queries.unflatten(0, (heads, -1)).sum(1) for sample in samples], 1)
     of_all_keys, of_all_queries = conditioner(all_keys), conditioner(all_queries)
-    first = first_projection(all_keys, layer, recipe.bits)
+    first = first_projection(all_keys, layers, recipe.bits)
+    del all_keys, all_queries
     of_keys = torch.linalg.solve(of_all_keys, first).requires_grad_()
     of_queries = torch.linalg.solve(of_all_queries, first).requires_grad_()
-    sharpness = torch.zeros(H, 1, 1, device=device, requires_grad=True)
+    sharpness = torch.zeros(heads, 1, 1, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([of_keys, of_queries, sharpness], lr=recipe.rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 10) * (1 + math.cos(math.pi * step / recipe.steps)) / 2
@@ -113,10 +122,32 @@ def train_layer(samples: Sequence[Sample], layer: int, recipe: Recipe) -> Tensor
             scale = FIRST_SPREAD / scores.detach().std((1, 2), keepdim=True)
         descend(optimizer, scores * (scale * sharpness.exp()) + correction, target)
         schedule.step()
+        done()
     # The magnitudes of columns count where queries are not cut down to signs.
     rounded = _to_int8_alike if recipe.scoring == reference.ONE_SIDED else to_int8
     projections = (of_all_keys @ of_keys).detach().cpu(), (of_all_queries @ of_queries).detach().cpu()
-    return torch.stack([to_int8(projections[reference.KEYS]), rounded(projections[reference.QUERIES])])
+    sides = torch.stack([to_int8(projections[reference.KEYS]), rounded(projections[reference.QUERIES])])
+    return sides.unflatten(1, (len(layers), -1)).transpose(0, 1).contiguous()
+
+
+def train_layer(samples: Sequence[Sample], layer: int, recipe: Recipe) -> Tensor:
+    """One of `train_layers`: [2, H, D, bits] int8."""
+    return train_layers(samples, [layer], recipe)[0]
+
+
+def layers_at_once(folders: Sequence[Path], layer: int, recipe: Recipe, device: str) -> int:
+    """How many layers to train at a time: one on a CPU, as many as have room on a GPU.
+
+    Args:
+        folders: of the sequences to train on, which are read to know how large they are (`capture.load_sample`).
+    """
+    if torch.device(device).type != "cuda":
+        return 1
+    samples = [load_sample(folder, [layer], "cpu") for folder in folders]
+    held = sum(4 * (sample.keys.numel() + sample.queries.numel()) for sample in samples)
+    step = max(4 * recipe.queries * sample.queries.shape[0] * sample.keys.shape[1] for sample in samples)
+    free, _ = torch.cuda.mem_get_info()
+    return max(1, int(free * ROOM) // (2 * held + LOGITS * step))
 
 
 def descend(optimizer: torch.optim.Optimizer, logits: Tensor, target: Tensor) -> None:
@@ -141,17 +172,18 @@ def conditioner(rows: Tensor) -> Tensor:
     return torch.eye(rows.shape[2], device=rows.device) + (shrink - 1) * direction.transpose(1, 2) @ direction
 
 
-def first_projection(keys: Tensor, layer: int, bits: int) -> Tensor:
-    """The untrained rotations at right angles to the keys' mean: [H, D, bits] float32.
+def first_projection(keys: Tensor, layers: Sequence[int], bits: int) -> Tensor:
+    """The untrained rotations at right angles to the keys' mean: [heads, D, bits] float32.
 
     What all keys share would decide their bits, and tell no key from another. Each column is scaled to projections of
     deviation 1.
 
     Args:
-        keys: [H, n, D] float32.
+        keys: [H, n, D] float32, of all heads of all ``layers``.
     """
-    H, _, D = keys.shape
-    rotation = torch.stack([random_rotation(layer, head, D, bits) for head in range(H)]).to(keys)
+    heads, _, D = keys.shape
+    of_layer = range(heads // len(layers))
+    rotation = torch.stack([random_rotation(layer, head, D, bits) for layer in layers for head in of_layer]).to(keys)
     columns = at_right_angles(rotation, keys.mean(1))
     return columns / torch.bmm(keys[:, ::8], columns).std(1, keepdim=True)
 
@@ -185,7 +217,7 @@ def draw_batch(sample: Sample, recipe: Recipe, turn: int, draw: torch.Generator)
 
     top = min(recipe.keys // 2, N // 2)
     rest = min(recipe.keys - top, N - top)
-    order = torch.rand(H, N, generator=draw, device=device)
+    order = torch.rand(N, generator=draw, device=device).expand(H, N)
     order = order.scatter(1, attention.sum(1).topk(top).indices, 2.0)
     index = order.topk(top + rest).indices
     stands_for = torch.zeros(top + rest, device=device)
@@ -211,7 +243,7 @@ def mean_attention(queries: Tensor, keys: Tensor, positions: Tensor, scale: Tens
         [H, m, N] float32, each row of sum 1.
     """
     H, G, m, D = queries.shape
-    logits = torch.bmm(queries.reshape(H, G * m, D), keys.transpose(1, 2)).view(H, G, m, -1) * scale
+    logits = torch.bmm((queries * scale).reshape(H, G * m, D), keys.transpose(1, 2)).view(H, G, m, -1)
     future = torch.arange(keys.shape[1], device=keys.device) > positions.unsqueeze(1)
     return logits.masked_fill_(future, -torch.inf).softmax(-1).mean(1)
 
