@@ -67,7 +67,7 @@ FLAGS = (
     Flag(
         "hata_dense_layers",
         "N",
-        "The first N layers attend to everything, as their attention is spread over all tokens. Default 2.",
+        "The first N layers attend to everything, as their attention is spread over all tokens. Default 1.",
     ),
     Flag("hata_sink", "N", "Always attend to the first N tokens, inside the budget. Default 4."),
     Flag(
@@ -113,7 +113,7 @@ class HataConfig:
     bits: int = 128
     scoring: str = "hamming"
     weights: str = "none"
-    dense_layers: int = 2
+    dense_layers: int = 1
     sink: int = 4
     recent: int = 16
     min_context: int | None = None

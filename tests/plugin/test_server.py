@@ -101,7 +101,7 @@ def test_server_info_says_what_is_active(small: Server) -> None:
     assert {name: state[name] for name in ("budget", "bits", "dense_layers", "sink", "recent", "min_context")} == {
         "budget": "128",
         "bits": 128,
-        "dense_layers": 2,
+        "dense_layers": 1,
         "sink": 4,
         "recent": 16,
         "min_context": 256,
