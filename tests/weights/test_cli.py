@@ -40,7 +40,7 @@ def weights(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_train_writes_an_artefact_with_its_scores(weights: Path, tiny: Path) -> None:
     identity, layers = artifact.load(weights)
-    assert set(layers) == {LAYERS - 1} and (identity.layers, identity.kv_heads, identity.bits) == (LAYERS, 2, 128)
+    assert set(layers) == {1, LAYERS - 1} and (identity.layers, identity.kv_heads, identity.bits) == (LAYERS, 2, 128)
     assert identity.fingerprint and identity.data and identity.model == tiny.name
     assert {row["budget"] for row in identity.scores} == {"1/128", "1/64", "1/32", "1/16"}
     assert [(row["sink"], row["recent"]) for row in identity.scores[::4]] == [(0, 1), (4, 16)]
@@ -100,7 +100,9 @@ def test_eval_compares_and_writes(weights: Path, tiny: Path, text: Path, tmp_pat
     assert values == json.loads((tmp_path / "masses.json").read_text())
     mass = {(row["method"], row["budget"]): row["mass"] for row in values["summary"]}
     assert all(mass["best possible", budget] >= value for (_, budget), value in mass.items())
-    assert {(row["layer"], row["kv_head"]) for row in values["rows"]} == {(LAYERS - 1, 0), (LAYERS - 1, 1)}
+    assert {(row["layer"], row["kv_head"]) for row in values["rows"]} == {
+        (layer, head) for layer in range(1, LAYERS) for head in (0, 1)
+    }
 
 
 def test_eval_takes_other_budgets_and_trains_hashattention(

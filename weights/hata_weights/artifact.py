@@ -25,6 +25,7 @@ SCHEMA = 3
 SCORINGS = (reference.HAMMING, reference.ONE_SIDED)
 IDENTITY_FILE = "hata.json"
 TENSOR_FILE = "projection.safetensors"
+LATER = ("sequences", "steps")  # not in the first folders
 
 
 class ArtifactError(ValueError):
@@ -100,7 +101,7 @@ def load_identity(folder: Path) -> Identity:
     if not isinstance(read, dict) or read.get("schema") != SCHEMA:
         schema = read.get("schema") if isinstance(read, dict) else None
         raise ArtifactError(f"{path} has schema {schema}: this version reads schema {SCHEMA}, so train them anew.")
-    names = [field.name for field in fields(Identity)]
+    names = [field.name for field in fields(Identity) if field.name in read or field.name not in LATER]
     if missing := [name for name in names if name not in read]:
         raise ArtifactError(f"{path} lacks {', '.join(missing)}: write the weights anew.")
     values: dict[str, Any] = {name: tuple(read[name]) if name == "scores" else read[name] for name in names}
