@@ -31,6 +31,7 @@ from hata_weights.rotation import SEED, at_right_angles, random_rotation, to_int
 
 FIRST_SPREAD = 3.0  # standard deviation of the logits before the first step
 STEPS, STEPS_ON_GPU = 2500, 20_000  # more are better, slowly
+KEYS_APART = 8  # every eighth key tells their mean and spread
 ROOM = 0.8  # of a GPU's free memory that training may take
 LOGITS = 6  # copies of a step's attention logits that are alive at a time, about
 NARROWNESS = 2.0  # of the soft step that gradients see in place of a sign; columns start with a deviation of 1
@@ -96,11 +97,10 @@ def train_layers(
     heads = samples[0].keys.shape[0]
     device = samples[0].keys.device
     draw = torch.Generator(device).manual_seed(SEED)
-    all_keys = torch.cat([sample.keys for sample in samples], 1)
+    some_keys = torch.cat([sample.keys[:, ::KEYS_APART] for sample in samples], 1)
     all_queries = torch.cat([sample.queries.unflatten(0, (heads, -1)).sum(1) for sample in samples], 1)
-    of_all_keys, of_all_queries = conditioner(all_keys), conditioner(all_queries)
-    first = first_projection(all_keys, layers, recipe.bits)
-    del all_keys, all_queries
+    of_all_keys, of_all_queries = conditioner(some_keys), conditioner(all_queries)
+    first = first_projection(some_keys, layers, recipe.bits)
     of_keys = torch.linalg.solve(of_all_keys, first).requires_grad_()
     of_queries = torch.linalg.solve(of_all_queries, first).requires_grad_()
     sharpness = torch.zeros(heads, 1, 1, device=device, requires_grad=True)
@@ -185,7 +185,7 @@ def first_projection(keys: Tensor, layers: Sequence[int], bits: int) -> Tensor:
     of_layer = range(heads // len(layers))
     rotation = torch.stack([random_rotation(layer, head, D, bits) for layer in layers for head in of_layer]).to(keys)
     columns = at_right_angles(rotation, keys.mean(1))
-    return columns / torch.bmm(keys[:, ::8], columns).std(1, keepdim=True)
+    return columns / torch.bmm(keys, columns).std(1, keepdim=True)
 
 
 def _to_int8_alike(columns: Tensor) -> Tensor:
