@@ -95,7 +95,7 @@ def main() -> None:
     show_default=True,
     help="one-sided keeps four bits a code bit of queries and chooses better; hamming is the paper's.",
 )
-@click.option("--steps", type=click.IntRange(min=1), help="Steps a layer.  [default: 2500, or 20000 on a GPU]")
+@click.option("--steps", type=click.IntRange(min=1), help="Steps a layer.  [default: 2500, or 10000 on a GPU]")
 @click.option(
     "--sequences",
     type=click.IntRange(min=1),

@@ -6,6 +6,9 @@ A step looks at few queries and, of the keys, at those with the most attention a
 share of the softmax is corrected for. Every other step leaves out the sinks and recent tokens, which a server selects
 whatever their score; the steps between let codes serve with other settings of these.
 
+Every step adds noise to its queries and keys, a fraction of what they vary by themselves: codes that work for the texts
+at hand and no others have bits that a little noise would turn.
+
 What all keys of a head have in common, and all queries, moves many times more slowly than the rest (`conditioner`): in
 models with biases it is up to a hundred times as long as the differences that tell keys apart, and a single step in its
 direction would turn a bit to the same side for every key.
@@ -30,8 +33,8 @@ from hata_weights.capture import Sample, load_sample
 from hata_weights.rotation import SEED, at_right_angles, random_rotation, to_int8
 
 FIRST_SPREAD = 3.0  # standard deviation of the logits before the first step
-STEPS, STEPS_ON_GPU = 2500, 20_000  # more are better, slowly
-KEYS_APART = 8  # every eighth key tells their mean and spread
+STEPS, STEPS_ON_GPU = 2500, 10_000  # more are better, slowly
+APART = 8  # every eighth key and query tells what they are like
 ROOM = 0.8  # of a GPU's free memory that training may take
 LOGITS = 6  # copies of a step's attention logits that are alive at a time, about
 NARROWNESS = 2.0  # of the soft step that gradients see in place of a sign; columns start with a deviation of 1
@@ -48,6 +51,7 @@ class Recipe:
         queries: positions a step.
         keys: keys a step, half with the most attention, half drawn from the rest.
         rate: Adam's, which falls to zero along a cosine.
+        noise: added to queries and keys, in standard deviations of each of their dimensions.
         sink, recent: tokens that the server always selects.
     """
 
@@ -57,6 +61,7 @@ class Recipe:
     queries: int = 16
     keys: int = 2048
     rate: float = 0.02
+    noise: float = 0.2
     sink: int = 4
     recent: int = 16
 
@@ -97,10 +102,12 @@ def train_layers(
     heads = samples[0].keys.shape[0]
     device = samples[0].keys.device
     draw = torch.Generator(device).manual_seed(SEED)
-    some_keys = torch.cat([sample.keys[:, ::KEYS_APART] for sample in samples], 1)
-    all_queries = torch.cat([sample.queries.unflatten(0, (heads, -1)).sum(1) for sample in samples], 1)
-    of_all_keys, of_all_queries = conditioner(some_keys), conditioner(all_queries)
+    some_keys = torch.cat([sample.keys[:, ::APART] for sample in samples], 1)
+    some_queries = torch.cat([sample.queries[:, ::APART].unflatten(0, (heads, -1)) for sample in samples], 2)
+    of_all_keys, of_all_queries = conditioner(some_keys), conditioner(some_queries.sum(1))
     first = first_projection(some_keys, layers, recipe.bits)
+    key_noise = recipe.noise * some_keys.std(1, keepdim=True)
+    query_noise = recipe.noise * some_queries.std(2, keepdim=True)
     of_keys = torch.linalg.solve(of_all_keys, first).requires_grad_()
     of_queries = torch.linalg.solve(of_all_queries, first).requires_grad_()
     sharpness = torch.zeros(heads, 1, 1, device=device, requires_grad=True)
@@ -112,6 +119,9 @@ def train_layers(
     for step in range(recipe.steps):
         sample = samples[step % len(samples)]
         target, queries, keys, correction = draw_batch(sample, recipe, step // len(samples), draw)
+        # The same noise for all heads, so that a layer's does not depend on the layers that it is trained with.
+        keys = keys + key_noise * torch.randn(keys.shape[1:], generator=draw, device=device)
+        queries = queries + query_noise * torch.randn(queries.shape[1:], generator=draw, device=device)
         bits = sign(keys @ of_all_keys @ of_keys)
         if recipe.scoring == reference.ONE_SIDED:
             weights = queries.sum(1) @ of_all_queries @ of_queries
@@ -147,7 +157,7 @@ def layers_at_once(folders: Sequence[Path], layer: int, recipe: Recipe, device: 
     held = sum(4 * (sample.keys.numel() + sample.queries.numel()) for sample in samples)
     step = max(4 * recipe.queries * sample.queries.shape[0] * sample.keys.shape[1] for sample in samples)
     free, _ = torch.cuda.mem_get_info()
-    return max(1, int(free * ROOM) // (2 * held + LOGITS * step))
+    return max(1, int(free * ROOM) // (held + LOGITS * step))
 
 
 def descend(optimizer: torch.optim.Optimizer, logits: Tensor, target: Tensor) -> None:
