@@ -179,9 +179,10 @@ def test_methods_are_flags() -> None:
     assert "--hata-budget 1.5625% --hata-weights folder" in " ".join(trained.flags)
     assert "--hata-min-context 0" in " ".join(trained.flags)
     assert "--hata-bits 256 --hata-weights none" in " ".join(Method.parse("untrained256@1/128", "auto").flags)
+    assert "--hata-budget 2048 " in " ".join(Method.parse("trained@2048", "auto").flags)
     assert Method.parse("dense", "auto").flags == ()
     assert (whole := Method.parse("whole", "auto")).label == "whole" and "100.0000%" in whole.flags
-    for wrong in ("trained", "trained@64%", "trained@1/0", "trained@64", "trained@2/64", "exact@1/64"):
+    for wrong in ("trained", "trained@64%", "trained@1/0", "trained@0", "trained@-64", "trained@2/64", "exact@1/64"):
         with pytest.raises(SystemExit, match="not a method"):
             Method.parse(wrong, "auto")
 

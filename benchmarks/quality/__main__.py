@@ -112,7 +112,9 @@ def parse() -> argparse.Namespace:
         "--model", help="model folder; a server is started for each method (default: SmolLM2-135M-Instruct)"
     )
     where.add_argument(
-        "--methods", default=METHODS, help="dense, whole, trained@1/64, untrained128@1/64, ... (default: all)"
+        "--methods",
+        default=METHODS,
+        help="dense, whole, trained@1/64, trained@2048, untrained128@1/64, ... (default: shares)",
     )
     where.add_argument("--weights", default="auto", help="trained hash weights: a folder, or auto (default: auto)")
     where.add_argument("--url", help="ask this running server instead")

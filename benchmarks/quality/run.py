@@ -48,15 +48,15 @@ class Method:
             name, budget = "trained" if weights != "none" else "untrained128", "1/1"
         try:
             whole, _, part = budget.partition("/")
-            if int(whole) != 1:
+            if part and int(whole) != 1:
                 raise ValueError
-            share = f"{100 / int(part):.4f}%"
-            parse_budget(share)
-            flags = ["--hata", "--hata-min-context", "0", "--hata-budget", share, *kinds[name]]
+            size = f"{100 / int(part):.4f}%" if part else str(int(budget))
+            parse_budget(size)
+            flags = ["--hata", "--hata-min-context", "0", "--hata-budget", size, *kinds[name]]
         except (KeyError, ValueError, ZeroDivisionError):
             raise SystemExit(
                 f"{text} is not a method: give dense, whole, or trained, untrained64, untrained128 or untrained256 "
-                "with a budget such as trained@1/64."
+                "with a budget such as trained@1/64 or trained@2048."
             ) from None
         return cls("whole" if text == "whole" else name, ALL if text == "whole" else budget, tuple(flags))
 
