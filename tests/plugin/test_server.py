@@ -26,6 +26,7 @@ from texts import PROMPTS, section
 pytestmark = pytest.mark.server
 
 LAYERS, KV_HEADS = 30, 3  # SmolLM2-135M
+DENSE = 1  # of its layers, by default
 # Checks between the launches of a step need eager steps.
 VERIFY = ["--hata-verify", "--disable-cuda-graph"] if gpu_present() else ["--hata-verify"]
 # SGLang 0.5.16 allocates pages of more than one token with a kernel that a CPU does not have.
@@ -101,14 +102,14 @@ def test_server_info_says_what_is_active(small: Server) -> None:
     assert {name: state[name] for name in ("budget", "bits", "dense_layers", "sink", "recent", "min_context")} == {
         "budget": "128",
         "bits": 128,
-        "dense_layers": 1,
+        "dense_layers": DENSE,
         "sink": 4,
         "recent": 16,
         "min_context": 256,
     }
-    assert state["bytes_per_token"] == (LAYERS - 2) * KV_HEADS * 16
+    assert state["bytes_per_token"] == (LAYERS - DENSE) * KV_HEADS * 16
     lines = [line for line in small.log.read_text().splitlines() if "HATA is active" in line]
-    assert len(lines) == 1 and "1344 bytes a token" in lines[0]
+    assert len(lines) == 1 and f"{state['bytes_per_token']} bytes a token" in lines[0]
 
 
 def test_a_small_budget_reads_less_and_a_shared_prefix_is_not_hashed_again(small: Server) -> None:
@@ -123,8 +124,8 @@ def test_a_small_budget_reads_less_and_a_shared_prefix_is_not_hashed_again(small
         steps = range(meta["prompt_tokens"] + 1, meta["prompt_tokens"] + NEW_TOKENS)
         seen, kept = sum(steps), sum(rule.of(length) for length in steps)
         assert more["tokens_seen"] == KV_HEADS * LAYERS * seen
-        assert more["tokens_attended"] == KV_HEADS * (2 * seen + (LAYERS - 2) * kept)
-        assert more["selections_checked"] == len(steps) * (LAYERS - 2) * KV_HEADS
+        assert more["tokens_attended"] == KV_HEADS * (DENSE * seen + (LAYERS - DENSE) * kept)
+        assert more["selections_checked"] == len(steps) * (LAYERS - DENSE) * KV_HEADS
         assert more["keys_hashed"] == meta["prompt_tokens"] - meta["cached_tokens"] + len(steps)
         share = more["tokens_attended"] / more["tokens_seen"]
         print(f"question {number}: {meta['cached_tokens']} of {meta['prompt_tokens']} prompt tokens cached, ", end="")
