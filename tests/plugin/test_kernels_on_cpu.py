@@ -15,7 +15,7 @@ from sglang_hata.cpu import gpu_present
 from texts import section
 
 PROGRAM = Path(__file__).with_name("kernels_program.py")
-LAYERS, DENSE_LAYERS, KV_HEADS, TOKENS = 30, 2, 3, 3
+LAYERS, DENSE_LAYERS, KV_HEADS, TOKENS = 30, 1, 3, 3
 
 
 @pytest.mark.server
