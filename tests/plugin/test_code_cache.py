@@ -88,7 +88,7 @@ def test_the_kv_pool_is_sized_with_its_codes(monkeypatch: pytest.MonkeyPatch) ->
     model = SimpleNamespace(get_num_kv_heads=lambda ranks: 8 // ranks)
     with_hata = SimpleNamespace(**{compat.STAMP: HataConfig().to_dict() | {"command_line": True}})
     kvc = SimpleNamespace(server_args=with_hata, model_config=model)
-    assert compat._add_code_bytes(1000, None, kvc, 32) == 1000 + (32 - HataConfig.dense_layers) * 4 * 16
+    assert compat._add_code_bytes(1000, None, kvc, 32) == 1000 + 31 * 4 * 16
     kvc.server_args = SimpleNamespace()
     assert compat._add_code_bytes(1000, None, kvc, 32) == 1000, "without --hata nothing changes"
 
