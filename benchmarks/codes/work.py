@@ -54,8 +54,8 @@ class Setup:
     tests: dict[str, list[Path]]
     weights: Sequence[Path]
 
-    def load(self, folders: Iterable[Path], layer: int) -> list[Sample]:
-        return [load_sample(folder, [layer], self.device) for folder in folders]
+    def load(self, folders: Iterable[Path], *layers: int) -> list[Sample]:
+        return [load_sample(folder, layers, self.device) for folder in folders]
 
     def trained(
         self, samples: Sequence[Sample], layer: int, bits: int = DEFAULT.bits, scoring: str = DEFAULT.scoring
@@ -110,8 +110,7 @@ def text_layers(setup: Setup, layers: Sequence[int], kinds: int, draw: int, lear
     exact, *_ = methods(setup.shape)
     compared = [replace(untrained(DEFAULT.bits, DEFAULT.scoring), name=trained_name())] * len(layers)
     if learned:
-        samples = [load_sample(folder, layers, setup.device) for folder in learned]
-        projections = train_layers(samples, layers, replace(DEFAULT, steps=setup.steps))
+        projections = train_layers(setup.load(learned, *layers), layers, replace(DEFAULT, steps=setup.steps))
         compared = [served(trained_name(), projection, DEFAULT.scoring) for projection in projections]
     about = {"kinds": kinds, "sequences": len(learned), "draw": draw}
     return [

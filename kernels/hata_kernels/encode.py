@@ -52,6 +52,7 @@ def integer_planes(b_x, b_largest, exponent):
     integer 256 * hi + lo."""
     b_exponent = b_largest.to(tl.int32, bitcast=True) >> 23
     b_exponent = tl.minimum(tl.maximum(b_exponent, MIN_EXPONENT), MAX_EXPONENT)
+    # As exponent fields: twice float32's bias, and ours.
     b_scale = ((-b_exponent + (2 * 127 + exponent)) << 23).to(tl.float32, bitcast=True)
     # Exact product, then one rounding: the same bits whether or not this becomes a fused multiply-add.
     b_row = (b_x * b_scale[:, None] + ROUND_MAGIC).to(tl.int32, bitcast=True) - ROUND_MAGIC_BITS

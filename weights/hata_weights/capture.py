@@ -240,7 +240,7 @@ def capture(decoder: Decoder, tokens: Tensor, folder: Path, layers: Container[in
 def load_sample(folder: Path, layers: Sequence[int], device: str) -> Sample:
     """One sequence's sample, in float32 on ``device``: the heads of ``layers``, one layer's after another's.
 
-    Queries are as long as the first layer's ``scale`` needs them to be.
+    It has one ``scale``, the first layer's; queries of layers with another are multiplied by the ratio.
     """
     of_layers = [load_file(folder / f"{layer}.safetensors") for layer in layers]
     first = of_layers[0]

@@ -8,11 +8,11 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -110,23 +110,20 @@ def train(
         read += [(*pair, to_measure_on) for pair in zip(test.sequences, folders, strict=True)]
     for tokens, folder, queries in track("Reading", read):
         capture(decoder, tokens, folder, layers, queries(tokens))
-    trained: dict[int, Tensor] = {}
-    at_once = layers_at_once(learned, layers[0], recipe, decoder.device)
-    groups = [layers[first : first + at_once] for first in range(0, len(layers), at_once)]
+    paths = {layer: partial / f"layer-{layer}.safetensors" for layer in layers}
+    missing = [layer for layer, path in paths.items() if not path.exists()]
+    at_once = _layers_at_once(decoder, text, recipe)
+    groups = [missing[first : first + at_once] for first in range(0, len(missing), at_once)]
     steps = iter(track("Training", range(len(groups) * recipe.steps)))
     for group in groups:
-        paths = {layer: partial / f"layer-{layer}.safetensors" for layer in group}
-        if all(path.exists() for path in paths.values()):
-            list(islice(steps, recipe.steps))
-        else:
-            samples = [load_sample(folder, group, decoder.device) for folder in learned]
-            projections = train_layers(samples, group, recipe, lambda: next(steps))
-            for path, projection in zip(paths.values(), projections, strict=True):
-                unfinished = path.with_suffix(".unfinished")
-                save_file({"projection": projection.contiguous()}, unfinished)
-                unfinished.rename(path)
-        trained |= {layer: load_file(path)["projection"] for layer, path in paths.items()}
+        samples = [load_sample(folder, group, decoder.device) for folder in learned]
+        projections = train_layers(samples, group, recipe, lambda: next(steps))
+        for layer, projection in zip(group, projections, strict=True):
+            unfinished = paths[layer].with_suffix(".unfinished")
+            save_file({"projection": projection}, unfinished)
+            unfinished.rename(paths[layer])
     next(steps, None)  # ends the bar
+    trained = {layer: load_file(path)["projection"] for layer, path in paths.items()}
     identity = Identity(
         decoder.name,
         shape.layers,
@@ -152,6 +149,15 @@ def train(
     artifact.save(out, identity, trained)
     shutil.rmtree(partial)
     return identity
+
+
+def _layers_at_once(decoder: Decoder, text: Text, recipe: Recipe) -> int:
+    """One on a CPU, whose threads a layer keeps busy; as many as have room on a GPU."""
+    if not decoder.device.startswith("cuda"):
+        return 1
+    lengths = [(len(tokens), len(to_learn_from(tokens))) for tokens in text.sequences]
+    free, _ = torch.cuda.mem_get_info(decoder.device)
+    return layers_at_once(decoder.shape, lengths, recipe, free)
 
 
 def _tool() -> str:

@@ -22,18 +22,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hata_kernels import reference
-from hata_weights.capture import Sample, load_sample
+from hata_weights.capture import Sample, Shape
 from hata_weights.rotation import SEED, at_right_angles, random_rotation, to_int8
 
 FIRST_SPREAD = 3.0  # standard deviation of the logits before the first step
-STEPS, STEPS_ON_GPU = 2500, 10_000  # more are better, slowly
+STEPS, STEPS_ON_GPU = 2500, 10_000
 APART = 8  # every eighth key and query tells what they are like
 ROOM = 0.8  # of a GPU's free memory that training may take
 LOGITS = 6  # copies of a step's attention logits that are alive at a time, about
@@ -145,19 +144,17 @@ def train_layer(samples: Sequence[Sample], layer: int, recipe: Recipe) -> Tensor
     return train_layers(samples, [layer], recipe)[0]
 
 
-def layers_at_once(folders: Sequence[Path], layer: int, recipe: Recipe, device: str) -> int:
-    """How many layers to train at a time: one on a CPU, as many as have room on a GPU.
+def layers_at_once(shape: Shape, lengths: Sequence[tuple[int, int]], recipe: Recipe, free: int) -> int:
+    """How many layers have room on a GPU, at least one.
 
     Args:
-        folders: of the sequences to train on, which are read to know how large they are (`capture.load_sample`).
+        lengths: keys and queries of each sequence to train on.
+        free: bytes of memory.
     """
-    if torch.device(device).type != "cuda":
-        return 1
-    samples = [load_sample(folder, [layer], "cpu") for folder in folders]
-    held = sum(4 * (sample.keys.numel() + sample.queries.numel()) for sample in samples)
-    step = max(4 * recipe.queries * sample.queries.shape[0] * sample.keys.shape[1] for sample in samples)
-    free, _ = torch.cuda.mem_get_info()
-    return max(1, int(free * ROOM) // (held + LOGITS * step))
+    D, float32 = shape.head_dim, 4
+    samples = float32 * D * sum(shape.kv_heads * keys + shape.query_heads * queries for keys, queries in lengths)
+    step = float32 * recipe.queries * shape.query_heads * max(keys for keys, _ in lengths)
+    return max(1, int(free * ROOM) // (samples + LOGITS * step))
 
 
 def descend(optimizer: torch.optim.Optimizer, logits: Tensor, target: Tensor) -> None:
