@@ -26,7 +26,7 @@ from benchmarks.common import header, memory_bandwidth, plot, result_path, write
 from hata_kernels import attend, encode, plan, reference, score, topk
 from hata_kernels.decode import hata_decode_step
 from hata_kernels.reference import Budget
-from hata_kernels.workspace import DecodeWorkspace
+from hata_kernels.workspace import SLOT_BITS, DecodeWorkspace
 from sglang_hata.config import HataConfig
 
 SINK, RECENT = HataConfig.sink, HataConfig.recent
@@ -46,6 +46,7 @@ class Case(NamedTuple):
     bits: int = 128
     budget: str = "1/64"
     scoring: str = reference.HAMMING
+    selection: str = reference.SAMPLED
 
     @property
     def kept(self) -> int:
@@ -80,6 +81,8 @@ TABLE = [
 ]
 GROWTH = [Case(context, 1) for context in (4096, 8192, 16_384, 65_536, 524_288, 1_048_576)]
 FORMS = [
+    *(Case(context, batch, selection=reference.TOP) for context, batch in ((131_072, 1), (32_768, 8), (131_072, 8))),
+    Case(32_768, 8, kv_heads=32, selection=reference.TOP),
     Case(32_768, 8, bits=64),
     Case(32_768, 8, bits=256),
     Case(32_768, 8, scoring=reference.ONE_SIDED),
@@ -156,6 +159,7 @@ class Layers:
                 max_kept=case.rule.largest(L),
                 device="cuda",
                 scoring=case.scoring,
+                selection=case.selection,
             ),
             out=torch.empty((B, case.q_heads, D), dtype=torch.bfloat16, device="cuda"),
         )
@@ -256,17 +260,24 @@ class Layers:
         weights = reference.query_weights(self.q[b : b + 1], self.projection[reference.QUERIES], case.scoring)[0]
         planes = reference.query_planes(weights, reference.magnitudes(case.q_heads // H, case.scoring))
         slots = self.slot_table[b].long()
+        octaves = reference.octaves(weights)
+        lucky = reference.luck(case.context, 0, "cuda") * (case.selection == reference.SAMPLED)
         for h in range(H):
             codes = self.codes[0][slots, h : h + 1]
             distance = reference.distances(planes[h : h + 1], codes)
             ranks = reference.rank(distance, SINK, RECENT, self.workspace.bins)
-            chosen = slots[reference.select_positions(ranks, case.kept)]
+            drawn = reference.draw(ranks, lucky, octaves[h : h + 1])
+            positions = reference.select_positions(drawn, case.kept)
+            doubled = reference.doublings(drawn, lucky, octaves[h : h + 1], positions)
+            chosen = slots[positions]
             if case.kept < case.context:
-                found = self.workspace.slots[b * H + h, : case.kept].long()
-                assert torch.equal(found, chosen[0]), f"{case}: KV head {h} selects other tokens than the specification"
+                found = self.workspace.slots[b * H + h, : case.kept]
+                assert torch.equal(found, (doubled[0] << SLOT_BITS) + chosen[0].int()), (
+                    f"{case}: KV head {h} selects other tokens than the specification"
+                )
             group = slice(h * case.q_heads // H, (h + 1) * case.q_heads // H)
             keys, values = (pool[0][chosen, h] for pool in (self.k_pools, self.v_pools))
-            expected = reference.attend(self.q[b, group].float(), keys, values, self.scale)
+            expected = reference.attend(self.q[b, group].float(), keys, values, self.scale, doubled)
             error = (self.out[b, group].float() - expected).norm() / expected.norm()
             assert error < 1e-2, f"{case}: relative error {error:.1e} of KV head {h}'s attention"
 
@@ -330,14 +341,16 @@ def main() -> None:
     report = header("decode_attention") | {"rows": []}
     print(f"{report['gpu']}, one layer, memory bandwidth {bandwidth / 1e6:.2f} TB/s")
     print(
-        "context batch  heads  D bits budget score     |  dense    HATA  ratio  floor |  hash score select attend  plan"
+        "context batch  heads  D bits budget score     select  |"
+        "  dense    HATA  ratio  floor |  hash score select attend  plan"
     )
     for case in cases:
         row = measure(case, bandwidth, args.scattered, not args.no_dense)
         report["rows"].append(row)
         stages = " ".join(f"{row['stages_us'][name]:6.1f}" for name in ("hash", "score", "select", "attend", "plan"))
         dense, ratio = row["dense_us"] or float("nan"), row["ratio"] or float("nan")
-        form = f"{case.q_heads:3}/{case.kv_heads:<2} {case.head_dim:3} {case.bits:4} {case.budget:>6} {case.scoring:9}"
+        form = f"{case.q_heads:3}/{case.kv_heads:<2} {case.head_dim:3} {case.bits:4} {case.budget:>6} "
+        form += f"{case.scoring:9} {case.selection:7}"
         times = f"{dense:6.1f} {row['hata_us']:7.1f} {ratio:6.2f} {row['floor_us']:6.1f}"
         print(f"{case.context:7} {case.batch:5} {form} | {times} | {stages}", flush=True)
         torch.cuda.empty_cache()

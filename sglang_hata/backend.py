@@ -15,7 +15,8 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from hata_kernels.launch import INTERPRETED
-from hata_kernels.reference import QUERIES, bins_of, query_weights
+from hata_kernels.reference import QUERIES, SAMPLED, bins_of, query_weights
+from hata_kernels.workspace import SLOT_BITS
 from sglang_hata import compat
 from sglang_hata.code_cache import PADDING_SLOT
 from sglang_hata.config import HataError
@@ -49,6 +50,10 @@ class HataBackend(AttentionBackend):
         if getattr(self.pool, "codes", None) is None:
             raise HataError(f"--hata cannot run on the KV pool {type(self.pool).__name__}: remove --hata.")
         self.codes = self.pool.codes
+        if (slots := len(self.pool.get_key_buffer(self.codes.first_layer))) > 1 << SLOT_BITS:
+            raise HataError(
+                f"The KV pool has {slots} slots, and HATA at most {1 << SLOT_BITS}: lower --max-total-tokens."
+            )
         self.state = self.pool.state
         self.config = self.state.config
         self.slot_table = runner.req_to_token_pool.req_to_token
@@ -77,8 +82,9 @@ class HataBackend(AttentionBackend):
             )
         return (
             f"HATA is active: budget {config.budget} a KV head for {above} "
-            f"(sink {config.sink}, recent {config.recent}), layers {codes.first_layer} to {self.layers - 1} of "
-            f"{self.layers}, {codes.bits}-bit codes from {source}: {codes.bytes_per_token} bytes a token, "
+            f"(sink {config.sink}, recent {config.recent}, {config.selection}), "
+            f"layers {codes.first_layer} to {self.layers - 1} of {self.layers}, "
+            f"{codes.bits}-bit codes from {source}: {codes.bytes_per_token} bytes a token, "
             f"{share:.1f} % of K and V."
         )
 
@@ -171,8 +177,9 @@ class HataBackend(AttentionBackend):
         weights = query_weights(q, self.codes.projections[layer][QUERIES], config.scoring)
         farthest = bins_of(q.shape[1] // self.codes.kv_heads, self.codes.bits, config.scoring) - 3
         self.state.selections_checked += len(slots) * self.codes.kv_heads
+        lucky = layer if config.selection == SAMPLED else None
         self.state.selections_wrong += wrong_selections(
-            weights, codes, slots, selected, self.step.kept, config.sink, config.recent, farthest
+            weights, codes, slots, selected, self.step.kept, config.sink, config.recent, farthest, lucky
         )
 
     def forward_extend(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 BITS_ALLOWED = (64, 128, 256)
 SCORINGS = ("hamming", "one-sided")
+SELECTIONS = ("sampled", "top")
 AUTO = "auto"
 MAX_TOKENS = 2**24
 
@@ -59,6 +60,13 @@ FLAGS = (
         "the trained weights were trained for, and hamming for untrained codes.",
     ),
     Flag(
+        "hata_selection",
+        "{sampled,top}",
+        "Which tokens the budget goes to. top: those of the best scores, as in the paper. sampled: most of them, and "
+        "some of the others, likelier the better their scores, that stand for all that are left out. Default sampled: "
+        "at the same budget its answers are nearer to those of dense attention.",
+    ),
+    Flag(
         "hata_weights",
         "DIR|auto|none",
         "Folder of trained hash weights (hata.json beside safetensors); auto for those that ship for this very model, "
@@ -99,6 +107,7 @@ class HataConfig:
         budget: as the user wrote it, ``"2048"`` or ``"1.6%"``.
         bits: bits of an untrained code; a weights folder brings its own.
         scoring: ``"hamming"`` or ``"one-sided"``; ``"auto"``, with weights, until `projections.resolve` knows theirs.
+        selection: ``"sampled"`` or ``"top"``.
         weights: a folder, ``"none"``, or ``"auto"`` until `projections.resolve` has looked.
         dense_layers: how many of the first layers attend to everything.
         sink, recent: tokens at the start and at the end that are always attended to.
@@ -112,6 +121,7 @@ class HataConfig:
     budget: str = "2048"
     bits: int = 128
     scoring: str = "hamming"
+    selection: str = "sampled"
     weights: str = "none"
     dense_layers: int = 1
     sink: int = 4
@@ -125,6 +135,8 @@ class HataConfig:
             raise HataError(f"--hata-bits {self.bits} is not a code length: choose 64, 128 or 256.")
         if self.scoring not in SCORINGS and not (self.scoring == AUTO and self.weights != "none"):
             raise HataError(f"--hata-scoring {self.scoring} is not a score: choose {' or '.join(SCORINGS)}.")
+        if self.selection not in SELECTIONS:
+            raise HataError(f"--hata-selection {self.selection} is not a selection: choose {' or '.join(SELECTIONS)}.")
         for name in ("dense_layers", "sink", "recent", "min_context"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= MAX_TOKENS:

@@ -13,7 +13,7 @@ from hata_kernels.costs import measure_costs
 from hata_kernels.decode import hata_decode_step
 from hata_kernels.plan import plan_step
 from hata_kernels.reference import Budget, hata_decode
-from hata_kernels.workspace import DecodeWorkspace
+from hata_kernels.workspace import SLOT_BITS, DecodeWorkspace
 from sglang_hata import compat
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ class SpecifiedDecoder:
             recent=config.recent,
             scale=layer.scaling,
             scoring=config.scoring,
+            selection=config.selection,
+            layer=layer.layer_id,
         )
         if config.verify:
             backend.check_selections(layer.layer_id, q, slots, selected)
@@ -153,6 +155,7 @@ class KernelDecoder:
             dtype=self.dtype,
             max_context=self.max_context,
             scoring=backend.config.scoring,
+            selection=backend.config.selection,
         )
         return backend.config.budget_rule(costs)
 
@@ -203,6 +206,7 @@ class KernelDecoder:
             sink=backend.config.sink,
             recent=backend.config.recent,
             scale=layer.scaling,
+            layer=layer.layer_id,
             store_kv=not quantised,
             k_scale=k_scale,
             v_scale=v_scale,
@@ -235,6 +239,7 @@ class KernelDecoder:
             max_kept=self.backend.budget.largest(max_context),
             device=self.backend.slot_table.device,
             scoring=self.backend.config.scoring,
+            selection=self.backend.config.selection,
         )
 
     def _verify(self, q: Tensor, layer: int, batch: ForwardBatch) -> None:
@@ -243,7 +248,7 @@ class KernelDecoder:
         slots = backend.slots_of(batch)
         selected = []
         for b, (request, kept) in enumerate(zip(slots, self.room.kept.tolist(), strict=False)):
-            chosen = self.room.slots[b * H : (b + 1) * H, :kept]
+            chosen = self.room.slots[b * H : (b + 1) * H, :kept] & (1 << SLOT_BITS) - 1
             if kept == len(request):
                 chosen = request.expand(H, -1)
             selected.append(torch.stack([torch.isin(request, row).nonzero().squeeze(1) for row in chosen]))

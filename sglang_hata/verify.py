@@ -15,12 +15,13 @@ def wrong_selections(
     sink: int,
     recent: int,
     farthest: int,
+    layer: int | None = None,
 ) -> int:
     """How many selections (request, KV head) are not a best choice.
 
     A selection is right if it holds as many distinct tokens as it should, sinks and recent ones among them, and if
     the distances of the others are, as a multiset, the smallest there are. A key's distance is what it pays for the
-    bits in which it differs from what its group of queries prefers.
+    bits in which it differs from what its group of queries prefers, less what luck spares it.
 
     Args:
         weights: [B, H, bits] int32: the sign is what the queries prefer, the magnitude what the other value costs.
@@ -29,6 +30,7 @@ def wrong_selections(
         selected: for each request, positions [H, k].
         kept: how many tokens each request should attend to.
         farthest: distances from here on count as equal.
+        layer: draws the luck of this layer; None where there is no luck.
     """
     wrong = 0
     for preferred, request_slots, positions, k in zip(weights.cpu().numpy(), slots, selected, kept, strict=True):
@@ -39,6 +41,9 @@ def wrong_selections(
         for head, chosen in enumerate(positions.cpu().numpy()):
             differs = keys[:, head] != (preferred[head] > 0)
             distance = np.minimum((differs * np.abs(preferred[head])).sum(axis=1), farthest)
+            if layer is not None and k < length:
+                octave = max(1, int(np.sqrt(np.square(preferred[head], dtype=np.int64).sum()) / 5 + 0.5))
+                distance = np.maximum(distance - octave * _luck(length, layer), 0)
             others = np.setdiff1d(chosen, forced)
             best = np.sort(distance[free])[: len(others)]
             if (
@@ -48,6 +53,24 @@ def wrong_selections(
             ):
                 wrong += 1
     return wrong
+
+
+def _luck(length: int, layer: int) -> np.ndarray:
+    """[length]: zeros at the end of each token's byte of a hash."""
+    words = _hash(_hash(np.array([length * 0x9E3779B1 + layer])) + np.arange(-(-length // 4)) * 0x9E3779B1)
+    octets = words.astype("<u4").view(np.uint8)[:length]
+    bits = np.unpackbits(octets[:, None], axis=1, bitorder="little")
+    return np.where(octets > 0, bits.argmax(axis=1), 8)
+
+
+def _hash(numbers: np.ndarray) -> np.ndarray:
+    """MurmurHash3's finalizer."""
+    x = (numbers & 0xFFFFFFFF).astype(np.uint32)
+    x ^= x >> 16
+    x *= np.uint32(0x85EBCA6B)
+    x ^= x >> 13
+    x *= np.uint32(0xC2B2AE35)
+    return (x ^ (x >> 16)).astype(np.int64)
 
 
 def _bits(codes: Tensor) -> np.ndarray:

@@ -35,7 +35,7 @@ from benchmarks.quality.tasks import TASKS, prose
 from sglang_hata.cpu import gpu_present
 
 METHODS = (
-    "dense,whole,trained@1/128,trained@1/64,trained@1/32,trained@1/16,"
+    "dense,whole,trained@1/128,trained@1/64,trained@1/32,trained@1/16,top@1/64,top@1/32,"
     "untrained128@1/64,untrained128@1/32,untrained256@1/64,untrained256@1/32"
 )
 # A model of 135M parameters does these, and a CPU prefills some hundred tokens a second.
@@ -114,7 +114,8 @@ def parse() -> argparse.Namespace:
     where.add_argument(
         "--methods",
         default=METHODS,
-        help="dense, whole, trained@1/64, trained@2048, untrained128@1/64, ... (default: shares)",
+        help="dense, whole, trained@1/64, trained@2048, untrained128@1/64, ..., and top@1/64 for trained codes without "
+        "a sample of the rest (default: shares)",
     )
     where.add_argument("--weights", default="auto", help="trained hash weights: a folder, or auto (default: auto)")
     where.add_argument("--url", help="ask this running server instead")

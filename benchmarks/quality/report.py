@@ -36,7 +36,7 @@ def interval(cells: Iterable[Sequence[float]]) -> tuple[float, float]:
 
 def key(row: Row) -> tuple[Any, ...]:
     """What a row is of; sorted by it, methods and tasks come in the order in which they are read."""
-    methods = ["dense", "whole", "trained"]
+    methods = ["dense", "whole", "trained", "top"]
     order = methods.index(row["method"]) if row["method"] in methods else len(methods)
     task = list(TASKS).index(row["task"]) if row["task"] in TASKS else len(TASKS)
     return row["context"], task, row["task"], order, row["method"], -share(row["budget"]), row["budget"], row["cached"]

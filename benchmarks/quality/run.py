@@ -41,6 +41,7 @@ class Method:
     def parse(cls, text: str, weights: str) -> Method:
         name, _, budget = text.partition("@")
         kinds = {"trained": ["--hata-weights", weights]}
+        kinds |= {"top": ["--hata-weights", weights, "--hata-selection", "top"]}
         kinds |= {f"untrained{bits}": ["--hata-bits", str(bits), "--hata-weights", "none"] for bits in (64, 128, 256)}
         if text == "dense":
             return cls(name, ALL, ())
@@ -55,8 +56,8 @@ class Method:
             flags = ["--hata", "--hata-min-context", "0", "--hata-budget", size, *kinds[name]]
         except (KeyError, ValueError, ZeroDivisionError):
             raise SystemExit(
-                f"{text} is not a method: give dense, whole, or trained, untrained64, untrained128 or untrained256 "
-                "with a budget such as trained@1/64 or trained@2048."
+                f"{text} is not a method: give dense, whole, or trained, top, untrained64, untrained128 or "
+                "untrained256 with a budget such as trained@1/64 or trained@2048."
             ) from None
         return cls("whole" if text == "whole" else name, ALL if text == "whole" else budget, tuple(flags))
 

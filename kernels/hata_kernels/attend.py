@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hata_kernels.launch import FLOAT8_DTYPES, KV_DTYPES, check_tensor, dot, overlaps_launches, wait_for_previous
-from hata_kernels.workspace import PIECE, DecodeWorkspace
+from hata_kernels.workspace import PIECE, SLOT_BITS, DecodeWorkspace
 
 # Tokens whose keys and values a program loads at a time, up to head_dim 128, and its warps. Long chunks, of layers that
 # attend to everything, gain from large loads; short ones from an early first load.
@@ -26,6 +26,7 @@ MIN_ROWS = 16
 # there are; and the most elements of them, 128 registers of each thread.
 FEW_CHUNKS, MANY_CHUNKS = 8, 32
 SUMMANDS = 128 * 32 * SHORT[1]
+BITS_OF_SLOT, SLOT_MASK = tl.constexpr(SLOT_BITS), tl.constexpr((1 << SLOT_BITS) - 1)
 LOG2_E = 1.4426950408889634
 
 
@@ -137,12 +138,14 @@ def attend_kernel(
     for i_t in tl.range(start, end, BT, num_stages=STAGES):
         o_t = i_t + tl.arange(0, BT)
         m_t = o_t < end
-        b_slot = tl.load(p_slot + o_t, mask=m_t, other=0).to(tl.int64)
+        b_entry = tl.load(p_slot + o_t, mask=m_t, other=0)
+        b_slot = (b_entry & SLOT_MASK).to(tl.int64)
         p_k = k_pool + (b_slot * (H * D) + i_h * D)[:, None] + o_d[None, :]
         b_k = tl.load(p_k, mask=m_t[:, None] & (o_d < D)[None, :], other=0.0)
         p_v = v_pool + (b_slot * (H * DV) + i_h * DV)[:, None] + o_dv[None, :]
         b_v = tl.load(p_v, mask=m_t[:, None] & (o_dv < DV)[None, :], other=0.0)
-        b_score = dot(b_q, tl.trans(b_k.to(b_q.dtype))) * k_factor
+        # Powers of two throughout, so a doubling adds 1.
+        b_score = dot(b_q, tl.trans(b_k.to(b_q.dtype))) * k_factor + (b_entry >> BITS_OF_SLOT).to(tl.float32)[None, :]
         b_score = tl.where(m_t[None, :], b_score, float("-inf"))
         b_new_max = tl.maximum(b_max, tl.max(b_score, axis=1))
         b_weight = tl.exp2(b_score - b_new_max[:, None])

@@ -36,6 +36,7 @@ def measure_costs(
     dtype: torch.dtype,
     max_context: int,
     scoring: str,
+    selection: str,
 ) -> Costs | None:
     """Times a step of one request over some layers; half a second, and some seconds when kernels must be compiled.
 
@@ -46,6 +47,7 @@ def measure_costs(
         dtype: of the queries.
         max_context: the longest context.
         scoring: `reference.HAMMING` or `reference.ONE_SIDED`.
+        selection: `reference.SAMPLED` or `reference.TOP`.
 
     Returns:
         None if the pool is too small to tell.
@@ -71,6 +73,7 @@ def measure_costs(
         max_kept=longest,
         device=device,
         scoring=scoring,
+        selection=selection,
     )
 
     def picoseconds(length: int, kept: int) -> float:

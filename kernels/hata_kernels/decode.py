@@ -8,7 +8,7 @@ from hata_kernels.attend import attend
 from hata_kernels.encode import hash_decode_step
 from hata_kernels.score import score_and_count
 from hata_kernels.topk import select_slots
-from hata_kernels.workspace import DecodeWorkspace
+from hata_kernels.workspace import SLOT_BITS, DecodeWorkspace
 
 
 def hata_decode_step(
@@ -26,6 +26,7 @@ def hata_decode_step(
     sink: int,
     recent: int,
     scale: float,
+    layer: int = 0,
     out: Tensor | None = None,
     store_kv: bool = True,
     k_scale: float = 1.0,
@@ -45,6 +46,7 @@ def hata_decode_step(
         loc: [B] int32 or int64: the slots of the step's keys.
         sink, recent: the first and last tokens that are always selected.
         scale: multiplies q . k, usually D ** -0.5.
+        layer: a number below 2^31; the luck of tokens is another in each layer (`reference.luck`).
         store_kv: False where the step's keys and values are in the pools already; fp8 pools must be.
         k_scale, v_scale: what fp8 keys and values are multiplied by.
 
@@ -56,8 +58,10 @@ def hata_decode_step(
     Raises:
         ValueError: on tensors that do not fit one another or the workspace.
     """
+    if len(code_cache) > 1 << SLOT_BITS:
+        raise ValueError(f"{len(code_cache)} slots: expected at most {1 << SLOT_BITS}")
     hash_decode_step(q, k, v, projection, k_pool, v_pool, code_cache, loc, workspace, store_kv=store_kv)
     batch = q.shape[0]
-    score_and_count(code_cache, slot_table, workspace, batch, sink=sink, recent=recent)
-    select_slots(slot_table, workspace, batch)
+    score_and_count(code_cache, slot_table, workspace, batch, sink=sink, recent=recent, layer=layer)
+    select_slots(slot_table, workspace, batch, layer)
     return attend(q, k_pool, v_pool, slot_table, workspace, scale, out, k_scale=k_scale, v_scale=v_scale)

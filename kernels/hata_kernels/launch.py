@@ -10,9 +10,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hata_kernels.reference import GOLDEN, MIX_1, MIX_2, MOST_LUCK
+
 # Triton's interpreter runs the kernels on a CPU (TRITON_INTERPRET=1, read when Triton is imported). It has no
 # inline assembly.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+BYTE, BELOW = tl.constexpr(1 << MOST_LUCK), tl.constexpr((1 << MOST_LUCK) - 1)
+STEP, MULTIPLY_1, MULTIPLY_2 = tl.constexpr(GOLDEN), tl.constexpr(MIX_1), tl.constexpr(MIX_2)
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -30,6 +35,35 @@ def popcount(x):
         return (x * 0x01010101) >> 24
     else:
         return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def mix(x):
+    """`reference.mix` of uint32."""
+    x ^= x >> 16
+    x *= MULTIPLY_1
+    x ^= x >> 13
+    x *= MULTIPLY_2
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def luck_seed(length, layer):
+    """What all tokens of a context have in common."""
+    return mix(length.to(tl.uint32) * STEP + layer.to(tl.uint32))
+
+
+@triton.jit
+def luck_word(b_group, seed):
+    """The hash that a group of LUCK_TOKENS tokens has in common."""
+    return mix(seed + b_group.to(tl.uint32) * STEP)
+
+
+@triton.jit
+def luck_of(b_word, o_byte):
+    """`reference.luck` of the tokens of groups: their byte of the group's hash."""
+    b_byte = (b_word >> (o_byte * 8).to(tl.uint32)).to(tl.int32, bitcast=True) | BYTE
+    return popcount((b_byte - 1) & ~b_byte & BELOW)
 
 
 @triton.jit

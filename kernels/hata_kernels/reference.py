@@ -5,7 +5,9 @@
     weigh    queries      -> planes       what each bit is worth to a GQA group of queries
     score    planes       -> distances    weighted Hamming; with HAMMING, summed over the group  (Alg. 3)
     rank     distances    -> ranks        sinks and recent tokens before all others
+    draw     ranks        -> ranks        some luck for every token (priority sampling)
     select   ranks        -> positions    the k lowest ranks, ties by position
+    stand    positions    -> doublings    how many others each selected token stands for
     attend   positions    -> output       softmax attention over those tokens alone
 
 Every Triton kernel of this package is tested against the function of its step, bit for bit where the result
@@ -15,10 +17,16 @@ Notation of shapes: B requests, N tokens, L context length, S slots of the KV po
 G = Hq / H query heads a group, D head dimension, W = bits / 32 words of a code.
 
 Source: Gong et al., "HATA", Findings of ACL 2025. Keys and queries are hashed after RoPE.
+
+The paper attends to the k best tokens and forgets the others. Here, unless TOP is asked for, a few of the others are
+drawn as well, likelier the better they are, and stand for the rest: priority sampling (Duffield, Lund, Thorup, J. ACM
+2007), with a token's score as the guess of its attention. Where the guess is wrong, the output is then not a softmax
+over the wrong tokens, but right on average.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -36,6 +44,17 @@ MAX_BIASED_EXPONENT = 254
 KEYS, QUERIES = 0, 1
 # How queries are compared with codes of keys.
 HAMMING, ONE_SIDED = "hamming", "one-sided"
+# What is selected: the best tokens and a sample of the others, or the best alone.
+SAMPLED, TOP = "sampled", "top"
+# A token's luck is the zeros at the end of a byte: n or more with a probability of 2^-n, at most 8.
+MOST_LUCK = 8
+# Tokens that share a hash of four bytes.
+LUCK_TOKENS = 4
+GOLDEN, MIX_1, MIX_2 = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
+# An octave is the deviation of distances of keys that know nothing of the queries, half the root of the sum of squared
+# weights, over 2.5: by so much a token's attention halves. In the logarithm of attention that is 1.7 a deviation, as
+# measured in Qwen2.5-Coder: 1.6 and 1.8 by trained codes, 1.4 and 1.8 by untrained ones.
+OCTAVES_A_ROOT = 5
 # Magnitudes of one-sided weights are rounded to sevenths of the largest: halfway points, in parts of 256.
 MAGNITUDE_STEPS = tuple(((2 * step - 1) * 256 + 7) // 14 for step in range(1, 8))
 
@@ -269,6 +288,67 @@ def rank(distance: Tensor, sink: int, recent: int, bins: int) -> Tensor:
     return torch.where(kept, 0, (distance + 1).clamp(max=bins - 2))
 
 
+def octaves(weights: Tensor) -> Tensor:
+    """By how many ranks a token's attention is guessed to halve: weights [..., bits] -> [...] int32, at least 1."""
+    squares = weights.to(torch.int64).square().sum(-1)
+    # Rounds the root of the squares over OCTAVES_A_ROOT, in integers: n + 1/2 <= root / 5.
+    n = torch.arange(64, device=weights.device)
+    enough = (2 * n + 1).square() * OCTAVES_A_ROOT**2 <= 4 * squares.unsqueeze(-1)
+    return enough.sum(-1, dtype=torch.int32).clamp(min=1)
+
+
+def mix(x: Tensor) -> Tensor:
+    """A random-looking 32-bit integer for each int64 of 32 bits (the end of MurmurHash3)."""
+    low = 0xFFFFFFFF
+    x = x & low
+    x = ((x ^ (x >> 16)) * MIX_1) & low
+    x = ((x ^ (x >> 13)) * MIX_2) & low
+    return x ^ (x >> 16)
+
+
+def luck(length: int, layer: int, device: torch.device | str = "cpu") -> Tensor:
+    """The luck of every token of a context in one layer: [length] int32, n or more with a probability of 2^-n.
+
+    It depends on nothing else, so a step that is repeated selects the same tokens.
+    """
+    position = torch.arange(length, device=device)
+    seed = mix(torch.tensor(length * GOLDEN + layer, device=device))
+    word = mix(seed + position // LUCK_TOKENS * GOLDEN)
+    byte = (word >> (8 * (position % LUCK_TOKENS))) | 1 << MOST_LUCK
+    return popcount(((byte - 1) & ~byte).to(torch.int32) & (1 << MOST_LUCK) - 1)
+
+
+def draw(ranks: Tensor, luck: Tensor, octave: Tensor) -> Tensor:
+    """Ranks bettered by luck: a token that is n octaves too bad gets in with a probability of 2^-n.
+
+    Args:
+        ranks: [H, L] int32, of `rank`; 0, for what is always kept, stays 0, and nothing else gets better than 1.
+        luck: [L] int32.
+        octave: [H] int32.
+    """
+    return torch.where(ranks == 0, 0, (ranks - luck * octave.unsqueeze(1)).clamp(min=1))
+
+
+def doublings(drawn: Tensor, luck: Tensor, octave: Tensor, positions: Tensor) -> Tensor:
+    """How often the weight of each selected token is doubled, as it stands for tokens that had no such luck.
+
+    A token that got in by n octaves of luck had a chance of 2^-n, so it counts 2^n times. One that would have got in
+    without counts once. What luck has brought to rank 1 is taken for such: it is far better than what just got in.
+    Sums over all tokens are then met on average, but for those that not even 8 octaves help, and for ties at the cut,
+    of which the earliest get in: a tenth of the number, a twentieth of the attention if the guess is right.
+
+    Args:
+        drawn: [H, L] int32, of `draw`.
+        positions: [H, k] int64, selected by ``drawn``.
+
+    Returns:
+        [H, k] int32, from 0 to MOST_LUCK.
+    """
+    chosen = drawn.gather(1, positions)
+    spare = (chosen.amax(dim=1, keepdim=True) - chosen) // octave.unsqueeze(1)
+    return torch.where(chosen > 1, (luck[positions] - spare).clamp(min=0), 0)
+
+
 def select_positions(ranks: Tensor, k: int) -> Tensor:
     """Positions of the ``k`` lowest ranks of each KV head; among equal ranks the earliest positions win.
 
@@ -279,20 +359,24 @@ def select_positions(ranks: Tensor, k: int) -> Tensor:
     return order[..., :k].sort(dim=-1).values
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float, doublings: Tensor | None = None) -> Tensor:
     """Softmax attention of one request's query heads over the tokens selected for their KV head, in float32.
 
     Args:
         query: [Hq, D].
         keys, values: [H, k, D] and [H, k, Dv].
         scale: multiplies q . k, usually D ** -0.5.
+        doublings: [H, k] int32: each token counts 2 to that power times.
 
     Returns:
         [Hq, Dv], the dtype of ``query``.
     """
     H = keys.shape[0]
     q = query.to(torch.float32).view(H, -1, query.shape[-1])
-    weights = torch.softmax(q @ keys.to(torch.float32).transpose(1, 2) * scale, dim=-1)
+    logits = q @ keys.to(torch.float32).transpose(1, 2) * scale
+    if doublings is not None:
+        logits = logits + doublings.unsqueeze(1) * math.log(2)
+    weights = torch.softmax(logits, dim=-1)
     return (weights @ values.to(torch.float32)).reshape(query.shape[0], -1).to(query.dtype)
 
 
@@ -309,6 +393,8 @@ def hata_decode(
     recent: int,
     scale: float,
     scoring: str = HAMMING,
+    selection: str = SAMPLED,
+    layer: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
     """One decode step of one layer: all the steps above, request by request.
 
@@ -318,21 +404,27 @@ def hata_decode(
         code_cache: [S, H, W] int32.
         slots: for each request, the slots of its cached tokens in order of position, the current one last.
         projection: [2, H, D, bits] int8, that of KEYS and that of QUERIES, which made ``code_cache`` and make planes.
+        selection: SAMPLED, or TOP for the best tokens alone, as in the paper.
+        layer: luck is another in every layer.
 
     Returns:
         The output [B, Hq, Dv], and for each request the selected positions [H, k] int64.
     """
     _, H, _, bits = projection.shape
     G = query.shape[1] // H
-    planes = query_planes(query_weights(query, projection[QUERIES], scoring), magnitudes(G, scoring))
+    weights = query_weights(query, projection[QUERIES], scoring)
+    planes, octave = query_planes(weights, magnitudes(G, scoring)), octaves(weights)
     bins = bins_of(G, bits, scoring)
     kept = budget.plan(torch.tensor([len(request) for request in slots])).tolist()
     head = torch.arange(H, device=query.device).unsqueeze(1)
     outputs, selected = [], []
-    for q, q_planes, request_slots, k in zip(query, planes, slots, kept, strict=True):
-        distance = distances(q_planes, code_cache[request_slots])
-        positions = select_positions(rank(distance, sink, recent, bins), k)
+    for q, q_planes, q_octave, request_slots, k in zip(query, planes, octave, slots, kept, strict=True):
+        ranks = rank(distances(q_planes, code_cache[request_slots]), sink, recent, bins)
+        chance = luck(len(request_slots), layer, query.device) * (selection == SAMPLED and k < len(request_slots))
+        drawn = draw(ranks, chance, q_octave)
+        positions = select_positions(drawn, k)
         chosen = request_slots[positions]
-        outputs.append(attend(q, key_cache[chosen, head], value_cache[chosen, head], scale))
+        counted = doublings(drawn, chance, q_octave, positions)
+        outputs.append(attend(q, key_cache[chosen, head], value_cache[chosen, head], scale, counted))
         selected.append(positions)
     return torch.stack(outputs), selected

@@ -1,7 +1,7 @@
 """Score: distances of all cached keys to each group of queries, as ranks, and how many tokens have each rank.
 
-Specification: `reference.distances` and `reference.rank`. Ranks are small integers, so the cut that selection needs is
-found by counting, with no sort. Counts of integers do not depend on the order of the additions.
+Specification: `reference.distances`, `reference.rank` and `reference.draw`. Ranks are small integers, so the cut that
+selection needs is found by counting, with no sort. Counts of integers do not depend on the order of the additions.
 
 A program takes shares of consecutive tokens (`plan.plan_step`) and all KV heads, as a token's codes for all heads lie
 side by side (128 bytes with 8 heads of 128 bits): it reads whole cache lines wherever SGLang put the slots, and reads
@@ -15,13 +15,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hata_kernels.launch import INTERPRETED, check_tensor, overlaps_launches, popcount, wait_for_previous
+from hata_kernels.launch import (
+    INTERPRETED,
+    check_tensor,
+    luck_of,
+    luck_seed,
+    luck_word,
+    overlaps_launches,
+    popcount,
+    wait_for_previous,
+)
+from hata_kernels.reference import LUCK_TOKENS, OCTAVES_A_ROOT, SAMPLED
 from hata_kernels.workspace import PIECE, SCORE_WARPS, DecodeWorkspace
 
-# Consecutive tokens that a thread scores at a time: their ranks, a byte each, are one word.
-TOKENS = 4
+# Consecutive tokens that a thread scores at a time: their ranks, a byte each, are one word, and so is their luck.
+TOKENS = LUCK_TOKENS
 # Words between the counts of two heads beyond their own: equal ranks of neighbouring heads lie in different banks.
 SKEW = 4
+# `reference.octaves` divides a root by this.
+PARTS, PART = tl.constexpr(OCTAVES_A_ROOT**2), tl.constexpr(1 / OCTAVES_A_ROOT)
 # Triton has no shared memory that a program can index. These four lines of PTX are such an array: its address, and
 # storing, adding to and loading its elements. They are side effects, so they stay in order with the barriers.
 ARRAY = "{{ .shared .align 16 .b32 hata_histogram[{}]; mov.u32 $0, hata_histogram; }}"
@@ -76,9 +88,21 @@ def load_codes(code_cache, b_slot, o_word, m_c, H: tl.constexpr, HB: tl.constexp
         return tl.load(p_code, mask=m_c, other=0)
 
 
-@triton.jit(do_not_specialize=["sink", "recent"])
+@triton.jit
+def octave_of(b_squares):
+    """`reference.octaves` of sums of squared weights. The root need not be exact: what it comes to is checked."""
+    b_octave = (tl.sqrt(b_squares.to(tl.float32)) * PART + 0.5).to(tl.int32)
+    b_odd = 2 * b_octave - 1
+    b_octave -= ((b_octave > 0) & (b_odd * b_odd * PARTS > 4 * b_squares)).to(tl.int32)
+    b_odd = 2 * b_octave + 1
+    b_octave += (b_odd * b_odd * PARTS <= 4 * b_squares).to(tl.int32)
+    return tl.maximum(b_octave, 1)
+
+
+@triton.jit(do_not_specialize=["sink", "recent", "layer"])
 def score_kernel(
     planes,
+    octaves,
     code_cache,
     slot_table,
     shares,
@@ -89,6 +113,7 @@ def score_kernel(
     rank_stride,
     sink,
     recent,
+    layer,
     H: tl.constexpr,
     HB: tl.constexpr,
     P: tl.constexpr,
@@ -100,6 +125,7 @@ def score_kernel(
     PIECE: tl.constexpr,
     SHARED: tl.constexpr,
     STRIDE: tl.constexpr,
+    DRAWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A tile is [groups of tokens, TOKENS, W / WV, heads x WV words]. A thread has WV words of a head, 16 bytes where a
@@ -145,6 +171,17 @@ def score_kernel(
     b_planes = ()  # type: tuple
     for i_p in tl.static_range(P):
         b_planes += (tl.load(p_plane + (1 + i_p) * W, mask=m_c, other=0),)
+    if DRAWS:
+        seed = luck_seed(length, layer)
+        o_group = start // TOKENS + tl.arange(0, BG)[:, None]
+        b_squares = tl.zeros_like(b_sign)
+        for i_p in tl.static_range(P):
+            for i_q in tl.static_range(P):
+                b_squares += popcount(b_planes[i_p] & b_planes[i_q]) << (i_p + i_q)
+        b_squares = tl.sum(tl.reshape(tl.sum(b_squares, axis=2), [1, 1, HB, WV]), axis=3)
+        b_octave = octave_of(b_squares)
+        m_first = m_h[None, None, :] & (i_share == tl.load(shares + i_share * PIECE + 5))
+        tl.store((octaves + i_b * H + o_h)[None, None, :] + tl.zeros_like(b_octave), b_octave, mask=m_first)
     # Ranks are stored as words, of four bytes or two int16.
     RANKS: tl.constexpr = 4 if BINS <= 256 else 2
     WORDS: tl.constexpr = TOKENS // RANKS
@@ -161,7 +198,12 @@ def score_kernel(
         b_bits = tl.sum(b_bits, axis=2)
         b_distance = tl.sum(tl.reshape(b_bits, [BG, TOKENS, HB, WV]), axis=3)
         m_kept = (o_t < sink) | (o_t >= length - recent)
-        b_rank = tl.where(m_kept[:, :, None], 0, tl.minimum(b_distance + 1, BINS - 2))
+        b_rank = tl.minimum(b_distance + 1, BINS - 2)
+        if DRAWS:
+            b_luck = luck_of(luck_word(o_group, seed), tl.arange(0, TOKENS)[None, :])
+            b_rank = tl.maximum(b_rank - b_luck[:, :, None] * b_octave, 1)
+            o_group += BG
+        b_rank = tl.where(m_kept[:, :, None], 0, b_rank)
         # Tiles are stored whole: beyond a request's last token goes the rank of no token.
         b_rank = tl.where((o_t < end)[:, :, None], b_rank, BINS - 1)
         b_word = tl.sum(tl.reshape(b_rank, [BG, WORDS, RANKS, HB]) << o_shift[None, None, :, None], axis=2)
@@ -191,6 +233,7 @@ def score_and_count(
     *,
     sink: int,
     recent: int,
+    layer: int = 0,
 ) -> None:
     """Ranks of every cached token of each request that selects, and how many tokens have each rank.
 
@@ -198,9 +241,10 @@ def score_and_count(
         code_cache: [S, H, W] int32, contiguous, 16-byte aligned.
         slot_table: [requests, max_context] int32, rows contiguous: the slot of each position.
         workspace: planned for ``batch`` requests, with the planes of this layer's queries and a histogram of zeros.
-            Gets ``ranks`` (whole blocks; beyond a request's length the rank of no token), ``histogram`` and
-            ``share_counts``; a request that keeps all its tokens gets none.
+            Gets ``ranks`` (whole blocks; beyond a request's length the rank of no token), ``histogram``,
+            ``share_counts`` and, where it samples, ``octaves``; a request that keeps all its tokens gets none.
         sink, recent: the first and the last tokens that are always kept (at least the last one is).
+        layer: that of `reference.luck`.
 
     Raises:
         ValueError: on a shape, stride, dtype or device that the kernel would misread.
@@ -216,6 +260,7 @@ def score_and_count(
     HB, bins = grid.head_block, workspace.bins
     score_kernel[(workspace.pieces(batch)[0], triton.cdiv(H, HB))](
         workspace.planes,
+        workspace.octaves,
         code_cache,
         slot_table,
         workspace.shares,
@@ -226,6 +271,7 @@ def score_and_count(
         workspace.ranks.stride(1),
         sink,
         max(recent, 1),
+        layer,
         H=H,
         HB=HB,
         P=planes - 1,
@@ -237,6 +283,7 @@ def score_and_count(
         PIECE=PIECE,
         SHARED=ARRAY.format(HB * (bins + SKEW)),
         STRIDE=bins + SKEW,
+        DRAWS=workspace.selection == SAMPLED,
         PDL=overlaps_launches(device),
         launch_pdl=overlaps_launches(device),
         num_warps=SCORE_WARPS,

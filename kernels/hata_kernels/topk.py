@@ -1,8 +1,9 @@
 """Select: the slots of the k lowest ranks of each (request, KV head), in order of position.
 
-Specification: `reference.select_positions`. Tokens below the threshold are all kept; of those on it, the earliest, as
-many as are still wanted. Every program finds the threshold for itself, in the counts of its row, and adds up what
-earlier shares keep, so that none waits for a neighbour: two short loads take less time than a launch between.
+Specification: `reference.select_positions` and `reference.doublings`. Tokens below the threshold are all kept; of those
+on it, the earliest, as many as are still wanted. Every program finds the threshold for itself, in the counts of its
+row, and adds up what earlier shares keep, so that none waits for a neighbour: two short loads take less time than a
+launch between.
 """
 # mypy: allow-untyped-defs
 
@@ -11,14 +12,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hata_kernels.launch import check_tensor, overlaps_launches, popcount, wait_for_previous
-from hata_kernels.workspace import PIECE, DecodeWorkspace
+from hata_kernels.launch import (
+    check_tensor,
+    luck_of,
+    luck_seed,
+    luck_word,
+    overlaps_launches,
+    popcount,
+    wait_for_previous,
+)
+from hata_kernels.reference import LUCK_TOKENS, SAMPLED
+from hata_kernels.workspace import PIECE, SLOT_BITS, DecodeWorkspace
 
 # Earlier shares whose counts are loaded at a time.
 EARLIER = 256
 # A program is one warp, which needs no barriers: each lane has COLUMNS consecutive ranks, 16 bytes in the usual case.
 # Their marks fill an int32: selected for sure in the low half, tied in the high half.
 LANES, COLUMNS = 32, 16
+BITS_OF_SLOT, GROUP = tl.constexpr(SLOT_BITS), tl.constexpr(LUCK_TOKENS)
 
 
 @triton.jit
@@ -45,6 +56,7 @@ def cut(
 @triton.jit
 def compact_share(
     ranks,
+    octaves,
     shares,
     histogram,
     share_counts,
@@ -56,12 +68,14 @@ def compact_share(
     table_stride,
     rank_stride,
     slot_stride,
+    layer,
     H: tl.constexpr,
     BINS: tl.constexpr,
     BE: tl.constexpr,
     BL: tl.constexpr,
     BC: tl.constexpr,
     PIECE: tl.constexpr,
+    DRAWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Few tokens are selected, so little is done for each: one mark. Then every lane walks over its marks."""
@@ -84,6 +98,9 @@ def compact_share(
     wait_for_previous(PDL)
     b_next = tl.load(p_rank + o_t, mask=o_t < rounded, other=BINS - 1)
     threshold, wanted, less, tie = cut(histogram, share_counts, i_row, i_first, i_share, i_h, k, H, BINS, BE)
+    if DRAWS:
+        seed = luck_seed(tl.load(p_share + 4), layer)
+        octave = tl.maximum(tl.load(octaves + i_row), 1)
     for i_t in range(start, end, BL * BC):
         b_rank = b_next.to(tl.int32)
         o_t = i_t + BL * BC + o_lane[:, None] + o_c[None, :]
@@ -105,15 +122,22 @@ def compact_share(
             m_less = (b_mark & b_lowest) != 0
             m_tie = (b_lowest != 0) & ~m_less
             m_out = m_less | (m_tie & (b_tie < wanted))
-            b_slot = tl.load(p_table + i_t + o_lane + popcount(b_lowest - 1), mask=m_out, other=0)
+            o_token = i_t + o_lane + popcount(b_lowest - 1)
+            b_slot = tl.load(p_table + o_token, mask=m_out, other=0)
+            if DRAWS:
+                b_drawn = tl.load(p_rank + o_token, mask=m_out, other=0).to(tl.int32)
+                b_luck = luck_of(luck_word(o_token // GROUP, seed), o_token % GROUP)
+                b_double = tl.maximum(b_luck - (threshold - b_drawn) // octave, 0)
+                b_slot |= tl.where(b_drawn > 1, b_double, 0) << BITS_OF_SLOT
             tl.store(p_out + b_less + tl.minimum(b_tie, wanted), b_slot, mask=m_out)
             b_less += m_less.to(tl.int32)
             b_tie += m_tie.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["n_shares"])
+@triton.jit(do_not_specialize=["n_shares", "layer"])
 def compact_kernel(
     ranks,
+    octaves,
     shares,
     histogram,
     share_counts,
@@ -123,6 +147,7 @@ def compact_kernel(
     table_stride,
     rank_stride,
     slot_stride,
+    layer,
     n_shares,
     H: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -131,12 +156,14 @@ def compact_kernel(
     BL: tl.constexpr,
     BC: tl.constexpr,
     PIECE: tl.constexpr,
+    DRAWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     i_h = tl.program_id(0) % H
     for i_share in range(tl.program_id(0) // H, n_shares, STRIDE):
         compact_share(
             ranks,
+            octaves,
             shares,
             histogram,
             share_counts,
@@ -148,24 +175,28 @@ def compact_kernel(
             table_stride,
             rank_stride,
             slot_stride,
+            layer,
             H,
             BINS,
             BE,
             BL,
             BC,
             PIECE,
+            DRAWS,
             PDL,
         )
 
 
-def select_slots(slot_table: Tensor, workspace: DecodeWorkspace, batch: int) -> None:
+def select_slots(slot_table: Tensor, workspace: DecodeWorkspace, batch: int, layer: int = 0) -> None:
     """The slots that each (request, KV head) attends to, for the requests that select.
 
     Args:
         slot_table: [requests, max_context] int32, rows contiguous.
         workspace: planned for ``batch`` requests and scored.
             ``slots[b * H + h, i]`` becomes the slot of the i-th selected position of request b and KV head h, in order
-            of position, for i below ``kept[b]``. Rows of requests that keep everything stay as they were.
+            of position, for i below ``kept[b]``, its doublings from bit SLOT_BITS on. Rows of requests that keep
+            everything stay as they were.
+        layer: as it was scored.
 
     Raises:
         ValueError: on a shape, stride, dtype or device that the kernel would misread.
@@ -178,6 +209,7 @@ def select_slots(slot_table: Tensor, workspace: DecodeWorkspace, batch: int) -> 
     n_shares, stride = workspace.pieces(batch)[0], workspace.grid.compact
     compact_kernel[(min(n_shares, stride) * H,)](
         workspace.ranks,
+        workspace.octaves,
         workspace.shares,
         workspace.histogram,
         workspace.share_counts,
@@ -187,6 +219,7 @@ def select_slots(slot_table: Tensor, workspace: DecodeWorkspace, batch: int) -> 
         slot_table.stride(0),
         workspace.ranks.stride(1),
         workspace.max_kept,
+        layer,
         n_shares,
         H=H,
         STRIDE=stride,
@@ -195,6 +228,7 @@ def select_slots(slot_table: Tensor, workspace: DecodeWorkspace, batch: int) -> 
         BL=LANES,
         BC=COLUMNS,
         PIECE=PIECE,
+        DRAWS=workspace.selection == SAMPLED,
         PDL=overlap,
         launch_pdl=overlap,
         num_warps=1,

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from hata_kernels.launch import multiprocessors
-from hata_kernels.reference import HAMMING, WORD_BITS, bins_of, magnitudes
+from hata_kernels.reference import HAMMING, SAMPLED, WORD_BITS, bins_of, magnitudes
 
 # Query heads of a KV head, at most.
 MAX_GROUP = 16
@@ -24,6 +24,8 @@ MIN_CHUNK = 64
 FEW_SHARES, MANY_SHARES, CHUNKS = 1, 2, 2
 # Warps of the compaction, each a program, for every multiprocessor, which has room for 32.
 COMPACT_PROGRAMS = 30
+# A selected slot holds in its upper bits how often it is doubled (`reference.doublings`).
+SLOT_BITS = 27
 # Warps of a score program, and code words that it holds at a time: 16 registers for each thread.
 SCORE_WARPS = 8
 TILE_WORDS = SCORE_WARPS * 32 * 16
@@ -85,10 +87,11 @@ class DecodeWorkspace:
 
     Attributes:
         planes: [B, H, 1 + P, W] int32, what each bit of a code is worth to the queries.
-        ranks: [B, H, stride] uint8, int16 with more than 256 bins: a rank for each cached token.
+        octaves: [B, H] int32, the ranks of an octave, where tokens are sampled.
+        ranks: [B, H, stride] uint8, int16 with more than 256 bins: a rank for each cached token, as drawn.
         histogram: [B, H, bins] int32, tokens of each rank; cleared when the step's queries are hashed.
         share_counts: [shares, H, bins] int16: tokens of each rank or a lower one in a share.
-        slots: [B * H, max_kept] int32, the selected ones in order of position.
+        slots: [B * H, max_kept] int32, the selected ones in order of position, their doublings from bit SLOT_BITS on.
         partial: [pieces, G, Dv] float32, attention over a chunk; partial_lse: [pieces, G], log2 of its softmax sum.
         arrivals: [B * H] int32, chunks that are done. Zero between steps.
         kept: [B] int32, tokens that each request attends to; shares, chunks, all_chunks: [pieces, 8] int32, the work of
@@ -96,9 +99,11 @@ class DecodeWorkspace:
         grid: programs of each kernel.
         max_context: the longest context.
         scoring: how queries are compared with codes of keys.
+        selection: `reference.SAMPLED` or `reference.TOP`.
     """
 
     planes: Tensor
+    octaves: Tensor
     ranks: Tensor
     histogram: Tensor
     share_counts: Tensor
@@ -113,6 +118,7 @@ class DecodeWorkspace:
     grid: Grid
     max_context: int
     scoring: str
+    selection: str
 
     @classmethod
     def allocate(
@@ -127,12 +133,14 @@ class DecodeWorkspace:
         max_kept: int,
         device: torch.device | str,
         scoring: str = HAMMING,
+        selection: str = SAMPLED,
     ) -> DecodeWorkspace:
         """Buffers for up to ``max_batch`` requests of up to ``max_context`` tokens.
 
         Args:
             head_dim: of the values.
             scoring: `reference.HAMMING` or `reference.ONE_SIDED`.
+            selection: `reference.SAMPLED` or `reference.TOP`.
             max_kept: the most tokens that a KV head of one request selects (`reference.Budget.largest`).
 
         Raises:
@@ -157,6 +165,7 @@ class DecodeWorkspace:
 
         return cls(
             planes=zeros(max_batch, kv_heads, 1 + magnitudes(G, scoring).bit_length(), W),
+            octaves=zeros(max_batch, kv_heads),
             ranks=zeros(max_batch, kv_heads, stride, dtype=torch.uint8 if bins <= 256 else torch.int16),
             histogram=zeros(max_batch, kv_heads, bins),
             share_counts=zeros(shares, kv_heads, bins, dtype=torch.int16),
@@ -171,6 +180,7 @@ class DecodeWorkspace:
             grid=grid,
             max_context=max_context,
             scoring=scoring,
+            selection=selection,
         )
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor
 from hata_kernels import reference
 from hata_kernels.attend import attend
 from hata_kernels.reference import Budget
-from hata_kernels.workspace import DecodeWorkspace
+from hata_kernels.workspace import SLOT_BITS, DecodeWorkspace
 
 SENTINEL = 0x5A5A5A5A
 # Rows hashed at a time by the specification, which works in float64.
@@ -37,6 +37,8 @@ class Case:
     sink: int
     recent: int
     scoring: str = reference.HAMMING
+    selection: str = reference.SAMPLED
+    layer: int = 5
 
     @property
     def scale(self) -> float:
@@ -78,6 +80,7 @@ class Case:
             max_kept=self.budget.largest(max_context),
             device=self.q.device,
             scoring=self.scoring,
+            selection=self.selection,
         )
 
 
@@ -114,6 +117,7 @@ def make_case(
     rows: int | None = None,
     width: int | None = None,
     scoring: str = reference.HAMMING,
+    selection: str = reference.SAMPLED,
 ) -> Case:
     """A random step.
 
@@ -187,12 +191,13 @@ def make_case(
         sink=sink,
         recent=recent,
         scoring=scoring,
+        selection=selection,
     )
 
 
 def poison(workspace: DecodeWorkspace) -> None:
     """Fill the buffers that need not be zero between steps with a sentinel: none is read before it is written."""
-    for name in ("planes", "histogram", "slots", "kept", "partial", "partial_lse"):
+    for name in ("planes", "octaves", "histogram", "slots", "kept", "partial", "partial_lse"):
         getattr(workspace, name).view(torch.int32).fill_(SENTINEL)
     for name in ("shares", "chunks", "all_chunks"):
         getattr(workspace, name).fill_(SENTINEL)
@@ -208,22 +213,46 @@ def expected_codes(case: Case) -> Tensor:
     return codes
 
 
+def expected_weights(case: Case) -> Tensor:
+    """[B, H, bits] int32."""
+    return reference.query_weights(case.q, case.projection[reference.QUERIES], case.scoring)
+
+
 def expected_planes(case: Case) -> Tensor:
     """[B, H, 1 + P, W] int32."""
-    weights = reference.query_weights(case.q, case.projection[reference.QUERIES], case.scoring)
-    return reference.query_planes(weights, reference.magnitudes(case.group, case.scoring))
+    return reference.query_planes(expected_weights(case), reference.magnitudes(case.group, case.scoring))
+
+
+def expected_luck(case: Case, length: int) -> Tensor:
+    """[L] int32: none where only the best are selected."""
+    return reference.luck(length, case.layer, case.q.device) * (case.selection == reference.SAMPLED)
 
 
 def expected_ranks(case: Case, codes: Tensor) -> list[Tensor]:
-    """[H, L] int32 for each request, given the code cache after the step."""
+    """[H, L] int32 for each request, as drawn, given the code cache after the step."""
     bins = reference.bins_of(case.group, case.projection.shape[-1], case.scoring)
-    return [
-        reference.rank(reference.distances(planes, codes[request]), case.sink, case.recent, bins)
-        for planes, request in zip(expected_planes(case), case.slots, strict=False)
-    ]
+    octaves = reference.octaves(expected_weights(case))
+    drawn = []
+    for planes, octave, request in zip(expected_planes(case), octaves, case.slots, strict=False):
+        ranks = reference.rank(reference.distances(planes, codes[request]), case.sink, case.recent, bins)
+        drawn.append(reference.draw(ranks, expected_luck(case, len(request)), octave))
+    return drawn
 
 
-def check_step(case: Case, workspace: DecodeWorkspace, codes: Tensor) -> list[Tensor]:
+def slots_of(entries: Tensor) -> tuple[Tensor, Tensor]:
+    """What a workspace's ``slots`` hold: the slots, int64, and their doublings, int32."""
+    return (entries & (1 << SLOT_BITS) - 1).long(), entries >> SLOT_BITS
+
+
+@dataclass
+class Chosen:
+    """What a request's KV heads attend to: slots [H, k] int64, and how often each is doubled [H, k] int32."""
+
+    slots: Tensor
+    doublings: Tensor
+
+
+def check_step(case: Case, workspace: DecodeWorkspace, codes: Tensor) -> list[Chosen]:
     """Assert that pools and workspace hold what the specification says, after a step.
 
     Exact: the step's keys, values and codes, the plan, planes, ranks, the selection in order of position. Nothing else
@@ -233,7 +262,7 @@ def check_step(case: Case, workspace: DecodeWorkspace, codes: Tensor) -> list[Te
         codes: `expected_codes`, from before the step.
 
     Returns:
-        The chosen slots of each request, [H, k].
+        What each request attends to.
     """
     B, n = len(case.q), len(case.slots)
     H = case.k.shape[1]
@@ -244,29 +273,38 @@ def check_step(case: Case, workspace: DecodeWorkspace, codes: Tensor) -> list[Te
     assert torch.equal(workspace.planes[:B], expected_planes(case)), "planes of the queries"
     assert not workspace.arrivals.any(), "arrivals after the step"
     chosen = []
+    octaves = reference.octaves(expected_weights(case))
     untouched = torch.ones_like(workspace.slots, dtype=torch.bool)
     for b, ranks in enumerate(expected_ranks(case, codes)):
         L, k = ranks.shape[1], case.kept[b]
         positions = reference.select_positions(ranks, k)
         slots = case.slots[b][positions]
+        doublings = torch.zeros_like(slots, dtype=torch.int32)
         if k < L:
+            doublings = reference.doublings(ranks, expected_luck(case, L), octaves[b], positions)
             assert torch.equal(workspace.ranks[b, :, :L].int(), ranks), f"ranks of request {b}"
-            found = workspace.slots[b * H : (b + 1) * H, :k]
-            assert torch.equal(found.long(), slots), f"selection of request {b}"
+            found, doubled = slots_of(workspace.slots[b * H : (b + 1) * H, :k])
+            assert torch.equal(found, slots), f"selection of request {b}"
+            assert torch.equal(doubled, doublings), f"doublings of request {b}"
             untouched[b * H : (b + 1) * H, :k] = False
-        chosen.append(slots)
+        chosen.append(Chosen(slots, doublings))
     assert (workspace.slots[untouched] == SENTINEL).all(), "slots beyond the selection"
     return chosen
 
 
-def expected_output(case: Case, chosen: list[Tensor] | None = None) -> Tensor:
-    """[requests, Hq, Dv] float64: exact attention over the chosen slots, all when None, after the step."""
+def expected_output(case: Case, chosen: list[Chosen] | None = None) -> Tensor:
+    """[requests, Hq, Dv] float64: exact attention over what is chosen, all when None, after the step."""
     head = torch.arange(case.k.shape[1], device=case.q.device).unsqueeze(1)
     outputs = []
-    for b, slots in enumerate(chosen or case.slots):
+    for b, request in enumerate(case.slots):
+        slots, times = request, torch.ones(1, dtype=torch.float64, device=case.q.device)
+        if chosen:
+            slots, times = chosen[b].slots, 2.0 ** chosen[b].doublings.double().unsqueeze(1)
         keys, values = case.k_pool[slots, head].double(), case.v_pool[slots, head].double()
         q = case.q[b].double().unflatten(0, (keys.shape[0], -1))
-        weights = torch.softmax(q @ keys.transpose(1, 2) * case.scale, dim=-1)
+        logits = q @ keys.transpose(1, 2) * case.scale
+        weights = times * (logits - logits.amax(-1, keepdim=True)).exp()
+        weights /= weights.sum(-1, keepdim=True)
         outputs.append((weights @ values).flatten(0, 1))
     return torch.stack(outputs)
 

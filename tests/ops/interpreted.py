@@ -62,6 +62,7 @@ def step(case: Case, room: DecodeWorkspace) -> torch.Tensor:
         sink=case.sink,
         recent=case.recent,
         scale=case.scale,
+        layer=case.layer,
         out=torch.full_like(case.q, float("nan")),
     )
 
@@ -121,11 +122,15 @@ STEPS = {
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize(
-    ("scoring", "index_dtype"),
-    [(reference.HAMMING, torch.int32), (reference.HAMMING, torch.int64), (reference.ONE_SIDED, torch.int64)],
+    ("scoring", "selection", "index_dtype"),
+    [
+        (reference.HAMMING, reference.SAMPLED, torch.int32),
+        (reference.HAMMING, reference.TOP, torch.int64),
+        (reference.ONE_SIDED, reference.SAMPLED, torch.int64),
+    ],
     ids=str,
 )
-def test_step_is_the_specification(name: str, scoring: str, index_dtype: torch.dtype) -> None:
+def test_step_is_the_specification(name: str, scoring: str, selection: str, index_dtype: torch.dtype) -> None:
     lengths, budget, kv_heads, group, head_dim, bits = STEPS[name]
     dtype = torch.bfloat16 if index_dtype == torch.int32 else torch.float16
     case = make_case(
@@ -140,6 +145,7 @@ def test_step_is_the_specification(name: str, scoring: str, index_dtype: torch.d
         index_dtype=index_dtype,
         padded=0 if name == "one" else 2,
         scoring=scoring,
+        selection=selection,
     )
     room = case.workspace(max_batch=len(case.q) + 1)
     poison(room)
@@ -149,7 +155,7 @@ def test_step_is_the_specification(name: str, scoring: str, index_dtype: torch.d
     assert_close("output", output[: len(lengths)], expected_output(case, chosen), DTYPE_RATIO[dtype])
     everything = attend_to_all(case, room)
     assert_close("output of a dense layer", everything[: len(lengths)], expected_output(case), DTYPE_RATIO[dtype])
-    _, positions = reference.hata_decode(
+    specified, positions = reference.hata_decode(
         case.q[: len(lengths)],
         case.k_pool,
         case.v_pool,
@@ -161,9 +167,15 @@ def test_step_is_the_specification(name: str, scoring: str, index_dtype: torch.d
         recent=case.recent,
         scale=case.scale,
         scoring=scoring,
+        selection=selection,
+        layer=case.layer,
     )
-    for slots, request, wanted in zip(chosen, case.slots, positions, strict=True):
-        assert torch.equal(slots, request[wanted])
+    assert_close("the specification's output", specified, expected_output(case, chosen), DTYPE_RATIO[dtype])
+    for mine, request, wanted in zip(chosen, case.slots, positions, strict=True):
+        assert torch.equal(mine.slots, request[wanted])
+    if name == "long and short":
+        drawn = any(mine.doublings.any() for mine in chosen)
+        assert drawn == (selection == reference.SAMPLED), "nothing was drawn: the test shows nothing"
 
 
 def test_costs_decide_by_the_batch() -> None:
@@ -254,6 +266,7 @@ def test_ties_at_the_cut_go_to_the_earliest() -> None:
         bits=64,
         dtype=torch.bfloat16,
         generator=seeded(8),
+        selection=reference.TOP,
     )
     case.k.copy_(case.k[:1, :1])
     case.code_cache[:] = reference.hash_codes(case.k[:1], case.projection[reference.KEYS])[0]
@@ -261,8 +274,8 @@ def test_ties_at_the_cut_go_to_the_earliest() -> None:
     poison(room)
     codes = expected_codes(case)
     step(case, room)
-    for slots, request in zip(check_step(case, room, codes), case.slots, strict=True):
-        assert slots.tolist() == [torch.cat([request[:17], request[-3:]]).tolist()] * 2
+    for chosen, request in zip(check_step(case, room, codes), case.slots, strict=True):
+        assert chosen.slots.tolist() == [torch.cat([request[:17], request[-3:]]).tolist()] * 2
 
 
 def test_results_do_not_depend_on_how_the_work_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,14 +313,13 @@ def test_keys_and_values_may_be_in_the_pool_already() -> None:
     case.k_pool[last], case.v_pool[last] = case.k, case.v
     kept = case.k_pool.clone()
     room = case.workspace()
+    poison(room)
     plan_step(case.seq_lens, case.req_rows, room, case.budget)
     codes = expected_codes(case)
-    options = {"sink": case.sink, "recent": case.recent, "scale": case.scale}
+    options = {"sink": case.sink, "recent": case.recent, "scale": case.scale, "layer": case.layer}
     output = hata_decode_step(*case.arguments(), room, store_kv=False, **options)
     assert torch.equal(case.k_pool.nan_to_num(), kept.nan_to_num())
-    chosen = [room.slots[:2].long(), room.slots[2:].long()]
-    assert torch.equal(case.code_cache[1:], codes[1:])
-    assert_close("output", output, expected_output(case, chosen), 2e-3)
+    assert_close("output", output, expected_output(case, check_step(case, room, codes)), 2e-3)
 
 
 def test_refusals_name_the_tensor() -> None:

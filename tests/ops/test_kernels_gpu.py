@@ -12,7 +12,7 @@ from torch import Tensor
 from hata_kernels.decode import hata_decode_step
 from hata_kernels.encode import hash_decode_step, hash_rows
 from hata_kernels.plan import plan_step
-from hata_kernels.reference import HAMMING, ONE_SIDED, Budget
+from hata_kernels.reference import HAMMING, ONE_SIDED, SAMPLED, TOP, Budget
 from hata_kernels.score import score_and_count
 from hata_kernels.workspace import DecodeWorkspace
 from ops.cases import (
@@ -54,6 +54,7 @@ class Shape(NamedTuple):
     bits: int
     dtype: torch.dtype = BF16
     scoring: str = HAMMING
+    selection: str = SAMPLED
     index_dtype: torch.dtype = torch.int32
     padded: int = 0
 
@@ -79,6 +80,10 @@ SHAPES = {
     "b2-65537-h8g4d128-128-one-sided": Shape([65_537, 3], SHARE, 8, 4, 128, 128, scoring=ONE_SIDED),
     "b4-ragged-h2g7d64-256-one-sided": Shape(ragged(4, 12_289), SHARE, 2, 7, 64, 256, scoring=ONE_SIDED, padded=1),
     "b64-ragged-h4g1d128-64-one-sided": Shape(ragged(64, 4096), SHARE, 4, 1, 128, 64, scoring=ONE_SIDED),
+    "b2-65537-h8g4d128-128-top": Shape([65_537, 3], SHARE, 8, 4, 128, 128, selection=TOP),
+    "b4-ragged-h2g7d64-256-one-sided-top": Shape(
+        ragged(4, 12_289), SHARE, 2, 7, 64, 256, scoring=ONE_SIDED, selection=TOP
+    ),
     "b3-2049-h2g16d128-256": Shape([2049, 2048, 2047], Budget(tokens=333), 2, 16, 128, 256),
 }
 
@@ -91,7 +96,8 @@ def build(name: str, shape: Shape, **options: int) -> Case:
 
 def run(case: Case, workspace: DecodeWorkspace, out: Tensor | None = None) -> Tensor:
     plan_step(case.seq_lens, case.req_rows, workspace, case.budget)
-    return hata_decode_step(*case.arguments(), workspace, sink=case.sink, recent=case.recent, scale=case.scale, out=out)
+    options = {"sink": case.sink, "recent": case.recent, "scale": case.scale, "layer": case.layer}
+    return hata_decode_step(*case.arguments(), workspace, **options, out=out)
 
 
 # Rows of a fused qkv start on 16-element boundaries and are read in place; others are copied first.
@@ -177,7 +183,8 @@ def test_every_token_is_counted_once(name: str) -> None:
     plan_step(case.seq_lens, case.req_rows, workspace, case.budget)
     pools = case.k_pool, case.v_pool, case.code_cache
     hash_decode_step(case.q, case.k, case.v, case.projection, *pools, case.loc, workspace)
-    score_and_count(case.code_cache, case.slot_table, workspace, len(case.q), sink=case.sink, recent=case.recent)
+    options = {"sink": case.sink, "recent": case.recent, "layer": case.layer}
+    score_and_count(case.code_cache, case.slot_table, workspace, len(case.q), **options)
     for b, ranks in enumerate(expected_ranks(case, codes)):
         for h, row in enumerate(ranks):
             counts = torch.bincount(row, minlength=workspace.bins)
@@ -216,6 +223,7 @@ def test_fp8_pools(dtype: torch.dtype) -> None:
         sink=case.sink,
         recent=case.recent,
         scale=case.scale,
+        layer=case.layer,
         store_kv=False,
         k_scale=2.0,
         v_scale=2.0,
@@ -229,9 +237,10 @@ def test_fp8_pools(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_attention_equals_flashinfer(name: str) -> None:
-    """FlashInfer's paged decode over the same lists: (request, KV head) is a request, a token a page."""
+    """FlashInfer's paged decode over the same lists: (request, KV head) is a request, a token a page. It knows of no
+    tokens that count more than once."""
     flashinfer = pytest.importorskip("flashinfer")
-    case = build(name, SHAPES[name])
+    case = build(name, SHAPES[name]._replace(selection=TOP))
     workspace = case.workspace()
     output = run(case, workspace)
     B, (H, D) = len(case.slots), case.k.shape[1:]

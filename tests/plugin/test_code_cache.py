@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from hata_kernels.reference import (
     bins_of,
     distances,
+    draw,
     hash_codes,
+    luck,
     magnitudes,
+    octaves,
     query_planes,
     query_weights,
     rank,
@@ -123,6 +126,7 @@ def test_tensor_parallel_ranks_hash_their_own_heads(total: int, size: int, heads
 
 @given(
     st.sampled_from(SCORINGS),
+    st.sampled_from([None, 0, 7]),
     st.integers(1, 40),
     st.integers(1, 50),
     st.integers(0, 6),
@@ -130,7 +134,7 @@ def test_tensor_parallel_ranks_hash_their_own_heads(total: int, size: int, heads
     st.integers(0, 2**31),
 )
 def test_the_oracle_accepts_right_selections_and_no_other(
-    scoring: str, L: int, k: int, sink: int, recent: int, seed: int
+    scoring: str, layer: int | None, L: int, k: int, sink: int, recent: int, seed: int
 ) -> None:
     k = min(max(k, sink + max(recent, 1)), L)
     generator = torch.Generator().manual_seed(seed)
@@ -141,10 +145,12 @@ def test_the_oracle_accepts_right_selections_and_no_other(
     slots = torch.randperm(60, generator=generator)[:L]
     bins = bins_of(3, 128, scoring)
     ranks = rank(distances(query_planes(weights, magnitudes(3, scoring))[0], codes[slots]), sink, recent, bins)
+    if layer is not None and k < L:
+        ranks = draw(ranks, luck(L, layer), octaves(weights)[0])
     positions = select_positions(ranks, k)
 
     def wrong(selected: torch.Tensor) -> int:
-        return wrong_selections(weights, codes, [slots], [selected], [k], sink, recent, bins - 3)
+        return wrong_selections(weights, codes, [slots], [selected], [k], sink, recent, bins - 3, layer)
 
     assert wrong(positions) == 0
     if k > 1:

@@ -29,6 +29,7 @@ def test_what_is_not_a_budget(text: str) -> None:
     [
         ({"hata_bits": "100"}, "--hata-bits 100 is not a code length: choose 64, 128 or 256."),
         ({"hata_bits": "many"}, "--hata-bits many is not a whole number: give one, such as --hata-bits 64."),
+        ({"hata_selection": "best"}, "--hata-selection best is not a selection: choose sampled or top."),
         ({"hata_scoring": "cosine"}, "--hata-scoring cosine is not a score: choose hamming or one-sided."),
         ({"hata_sink": "-1"}, "--hata-sink -1 is out of range: give a number from 0 to 16777216."),
         ({"hata_recent": "1.5"}, "--hata-recent 1.5 is not a whole number"),
