@@ -21,7 +21,7 @@ from hata_kernels.launch import (
     popcount,
     wait_for_previous,
 )
-from hata_kernels.reference import LUCK_TOKENS, SAMPLED
+from hata_kernels.reference import SAMPLED
 from hata_kernels.workspace import PIECE, SLOT_BITS, DecodeWorkspace
 
 # Earlier shares whose counts are loaded at a time.
@@ -29,7 +29,7 @@ EARLIER = 256
 # A program is one warp, which needs no barriers: each lane has COLUMNS consecutive ranks, 16 bytes in the usual case.
 # Their marks fill an int32: selected for sure in the low half, tied in the high half.
 LANES, COLUMNS = 32, 16
-BITS_OF_SLOT, GROUP = tl.constexpr(SLOT_BITS), tl.constexpr(LUCK_TOKENS)
+BITS_OF_SLOT = tl.constexpr(SLOT_BITS)
 
 
 @triton.jit
@@ -95,12 +95,14 @@ def compact_share(
     # Whole blocks of 16, so that loads are wide; beyond the last token scoring has left the rank of no token.
     rounded = tl.multiple_of(tl.cdiv(end, 16) * 16, 16)
     o_t = start + o_lane[:, None] + o_c[None, :]
+    seed = luck_seed(tl.load(p_share + 4), layer)
     wait_for_previous(PDL)
     b_next = tl.load(p_rank + o_t, mask=o_t < rounded, other=BINS - 1)
+    octave = tl.load(octaves + i_row)
     threshold, wanted, less, tie = cut(histogram, share_counts, i_row, i_first, i_share, i_h, k, H, BINS, BE)
     if DRAWS:
-        seed = luck_seed(tl.load(p_share + 4), layer)
-        octave = tl.maximum(tl.load(octaves + i_row), 1)
+        # Times this, over 2^16, is division by an octave, exactly: no rank times an octave reaches 2^16.
+        inverse = 65536 // tl.maximum(octave, 1) + 1
     for i_t in range(start, end, BL * BC):
         b_rank = b_next.to(tl.int32)
         o_t = i_t + BL * BC + o_lane[:, None] + o_c[None, :]
@@ -125,9 +127,9 @@ def compact_share(
             o_token = i_t + o_lane + popcount(b_lowest - 1)
             b_slot = tl.load(p_table + o_token, mask=m_out, other=0)
             if DRAWS:
-                b_drawn = tl.load(p_rank + o_token, mask=m_out, other=0).to(tl.int32)
-                b_luck = luck_of(luck_word(o_token // GROUP, seed), o_token % GROUP)
-                b_double = tl.maximum(b_luck - (threshold - b_drawn) // octave, 0)
+                b_drawn = tl.sum(tl.where(b_lowest[:, None] == (1 << o_c[None, :]), b_rank, 0), axis=1)
+                b_luck = luck_of(luck_word(o_token >> 2, seed), o_token)
+                b_double = tl.maximum(b_luck - ((threshold - b_drawn) * inverse >> 16), 0)
                 b_slot |= tl.where(b_drawn > 1, b_double, 0) << BITS_OF_SLOT
             tl.store(p_out + b_less + tl.minimum(b_tie, wanted), b_slot, mask=m_out)
             b_less += m_less.to(tl.int32)
