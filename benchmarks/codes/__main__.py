@@ -35,6 +35,7 @@ from benchmarks.codes.work import DEFAULT, Record, Setup, Task, each, finetune_l
 from benchmarks.common import RESULTS, header, installed
 from hata_weights import artifact, jobs
 from hata_weights.capture import Decoder, capture, data_fingerprint, read_sequences, read_text
+from hata_weights.cli import DENSE_LAYERS
 from hata_weights.errors import RequestError, WeightsError
 from hata_weights.rotation import SEED
 
@@ -63,7 +64,9 @@ def options() -> argparse.ArgumentParser:
         command.add_argument("--test", type=Path, nargs="+", required=True, metavar="PATH", help="a text each")
         command.add_argument("--tokens", type=int, help="a sequence (default: 8192, or the model's longest if less)")
         command.add_argument("--steps", type=int, default=DEFAULT.steps, help=f"a layer (default: {DEFAULT.steps})")
-        command.add_argument("--dense-layers", type=int, default=1, help="first layers left out (default: 1)")
+        command.add_argument(
+            "--dense-layers", type=int, default=DENSE_LAYERS, help="first layers left out (default: %(default)s)"
+        )
         command.add_argument("--layers", type=layer_list, metavar="N,N", help="only these layers")
         command.add_argument("--device", help="default: cuda if there is one, or cpu")
         command.add_argument("--workers", type=int, help="tasks at a time (default: 4 on a GPU, 1 on a CPU)")

@@ -230,6 +230,8 @@ def write_docs(reports: Iterable[dict[str, Any]]) -> None:
         rows = report["rows"]
         versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items() if number)
         parts += [f"## {report['model']}", summary(rows), f"![Quality against tokens read](../{image(report)})"]
+        if note := report.get("note"):
+            parts.append(note)
         if checked := floors(rows):
             parts.append("Floors:\n\n" + "\n".join(f"- {text}" for _, text in checked))
         if lines := cold_and_cached(rows):

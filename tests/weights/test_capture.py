@@ -45,6 +45,24 @@ def test_the_first_layer_is_what_a_hand_computes(tmp_path: Path, text: Path, kv_
     assert sample.scale.item() == pytest.approx(HEAD_DIM**-0.5)
 
 
+def test_a_sample_of_two_layers_has_one_scale(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scales = (0.25, 0.5)
+    for layer, scale in enumerate(scales):
+        tensors = {
+            "queries": torch.randn(4, 3, 8, generator=generator),
+            "keys": torch.randn(2, 9, 8, generator=generator),
+        }
+        tensors |= {"positions": torch.arange(3), "scale": torch.tensor(scale)}
+        save_file(tensors, tmp_path / f"{layer}.safetensors")
+    both = load_sample(tmp_path, [0, 1], "cpu")
+    for layer, scale in enumerate(scales):
+        alone = load_sample(tmp_path, [layer], "cpu")
+        keys, queries = slice(2 * layer, 2 * layer + 2), slice(4 * layer, 4 * layer + 4)
+        assert torch.equal(both.keys[keys], alone.keys)
+        assert torch.equal(both.queries[queries] * both.scale, alone.queries * scale)
+
+
 def test_capturing_leaves_the_output_alone(tiny: Path, text: Path, tmp_path: Path) -> None:
     from transformers import AutoModel
 

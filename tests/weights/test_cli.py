@@ -87,6 +87,21 @@ def test_an_interrupted_run_goes_on(tiny: Path, text: Path, tmp_path: Path, monk
     assert (twice.exit_code, "holds hash weights: give another --out" in twice.output) == (2, True)
 
 
+def test_layers_trained_together_are_those_trained_apart(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--dense-layers", "0")
+    assert train(tiny, text, tmp_path / "apart", *options).exit_code == 0
+    groups: list[list[int]] = []
+    real = jobs.train_layers
+    monkeypatch.setattr(jobs, "train_layers", lambda *a: groups.append(list(a[1])) or real(*a))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(jobs, "_layers_at_once", lambda *_: 2)
+    assert train(tiny, text, tmp_path / "together", *options).exit_code == 0
+    assert groups == [[0, 1], [2]]
+    (_, apart), (_, together) = (artifact.load(tmp_path / name) for name in ("apart", "together"))
+    assert all(torch.equal(apart[layer], together[layer]) for layer in apart)
+
+
 def test_eval_compares_and_writes(weights: Path, tiny: Path, text: Path, tmp_path: Path) -> None:
     arguments = ["eval", tiny, "--weights", weights, "--text", text, *SHORT]
     table = run(*arguments, "--out", tmp_path / "masses.png")

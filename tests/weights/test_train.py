@@ -25,7 +25,17 @@ from hata_weights.evaluate import (
     summarise,
 )
 from hata_weights.rotation import untrained_projection
-from hata_weights.train import Recipe, draw_batch, first_projection, mean_attention, train_layer, train_layers
+from hata_weights.train import (
+    LOGITS,
+    ROOM,
+    Recipe,
+    draw_batch,
+    first_projection,
+    layers_at_once,
+    mean_attention,
+    train_layer,
+    train_layers,
+)
 from sglang_hata.config import HataConfig
 
 H, G, D, N = 2, 3, 32, 1024
@@ -56,6 +66,7 @@ def masses(compared: list[Method], offset: float = 4) -> dict[str, float]:
 def test_the_defaults_are_those_of_a_server() -> None:
     config = HataConfig()
     assert (Recipe.sink, Recipe.recent) == (cli.SINK, cli.RECENT) == (config.sink, config.recent)
+    assert config.dense_layers == cli.DENSE_LAYERS
 
 
 def test_training_beats_random_rotations(trained: tuple[str, Tensor]) -> None:
@@ -215,6 +226,17 @@ def test_columns_start_at_right_angles_to_what_all_keys_share() -> None:
     assert along.abs().max() < 1e-5
     ones = (torch.bmm(sample.keys, columns) > 0).float().mean(1)
     assert ones.min() > 0.4 and ones.max() < 0.6  # so every bit splits the keys in half
+
+
+def test_layers_are_trained_at_once_while_there_is_room() -> None:
+    shape, lengths = Shape(28, 12, 2, 128), [(32_768, 1000), (8192, 900)]
+    samples = 4 * 128 * (2 * (32_768 + 8192) + 12 * (1000 + 900))
+    step = 4 * Recipe.queries * 12 * 32_768  # logits of all keys of the longest
+    layer = samples + LOGITS * step
+    for layers in (1, 2, 17):
+        enough = int(layers * layer / ROOM) + 1
+        assert layers_at_once(shape, lengths, Recipe(), enough) == layers
+        assert layers_at_once(shape, lengths, Recipe(), enough - 8) == max(1, layers - 1)
 
 
 @pytest.mark.parametrize("scoring", ["hamming", "one-sided"])

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TOKENS = 8192
 DEFAULT_SEQUENCES = 4
-SINK, RECENT = 4, 16  # a server's defaults, `train.Recipe`'s too
+SINK, RECENT, DENSE_LAYERS = 4, 16, 1  # a server's defaults, the first two `train.Recipe`'s too
 MOST = 4096  # tokens of which a budget may take one
 PATHS = ("--text", "--test", "--hashattention")
 
@@ -102,7 +102,13 @@ def main() -> None:
     help=f"To learn from, at most.  [default: one of each path, {DEFAULT_SEQUENCES} at least]",
 )
 @tokens_option
-@click.option("--dense-layers", type=click.IntRange(min=0), default=1, show_default=True, help="First layers left out.")
+@click.option(
+    "--dense-layers",
+    type=click.IntRange(min=0),
+    default=DENSE_LAYERS,
+    show_default=True,
+    help="First layers left out.",
+)
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run in --out.")
 @device_option
 def train(
@@ -166,7 +172,9 @@ def train(
 @click.option("--sequences", type=click.IntRange(min=1), help="To measure on, at most.  [default: one of each path]")
 @tokens_option
 @click.option(
-    "--dense-layers", type=click.IntRange(min=0), help="First layers left out.  [default: as the weights, or 1]"
+    "--dense-layers",
+    type=click.IntRange(min=0),
+    help=f"First layers left out.  [default: as the weights, or {DENSE_LAYERS}]",
 )
 @click.option(
     "--budgets", default="128,64,32,16", show_default=True, metavar="N,N", help="Attend to one token in N, for each N."
@@ -216,7 +224,7 @@ def evaluate(
     decoder = _decoder(model, device)
     if weights and loaded:
         jobs.require_fit(decoder, weights, loaded[0])
-    first = dense_layers if dense_layers is not None else loaded[0].dense_layers if loaded else 1
+    first = dense_layers if dense_layers is not None else loaded[0].dense_layers if loaded else DENSE_LAYERS
     if loaded and first < loaded[0].dense_layers:
         raise RequestError(f"--dense-layers {first} is too few: the weights begin at layer {loaded[0].dense_layers}.")
     chosen = _read(decoder, text, tokens, sequences or len(text))
