@@ -6,7 +6,8 @@ documentation and source, and put several, as prefill is what costs.
 
 A generator takes a random source, a size, a number of questions and a text in sentences. The size is in units of the
 task (sentences, lines, words); `sized` finds the one that fills a context. The same task, context and seed make the
-same document wherever Python's minor version is the same.
+same document wherever Python's minor version is the same. All stand in one long file, as they share words, names and
+ways to hide things.
 
 A server prefills densely, so the first token of an answer never depends on what HATA selects. Answers therefore begin
 before what is asked for: "The magic number for", and the model names the key itself, by decoding.

@@ -322,6 +322,15 @@ def test_keys_and_values_may_be_in_the_pool_already() -> None:
     assert_close("output", output, expected_output(case, check_step(case, room, codes)), 2e-3)
 
 
+def test_more_slots_than_a_selected_one_has_bits_for_are_refused() -> None:
+    case = make_case(
+        [9], Budget(tokens=8), kv_heads=2, group=2, head_dim=64, bits=64, dtype=torch.float16, generator=seeded(2)
+    )
+    case.code_cache = case.code_cache[:1].expand(2**27 + 1, 2, 2)
+    with pytest.raises(ValueError, match=f"{2**27 + 1} slots: expected at most {2**27}"):
+        step(case, case.workspace())
+
+
 def test_refusals_name_the_tensor() -> None:
     projection = random_projection(4, 64, 64, seeded(0))
     x = torch.zeros(3, 4, 64)
