@@ -70,7 +70,7 @@ FLAGS = (
         "hata_weights",
         "DIR|auto|none",
         "Folder of trained hash weights (hata.json beside safetensors); auto for those that ship for this very model, "
-        "untrained codes if there are none; or none for the untrained rotation. Default none.",
+        "untrained codes if there are none; or none for the untrained rotation. Default auto.",
     ),
     Flag(
         "hata_dense_layers",
@@ -101,7 +101,7 @@ FLAGS = (
 
 @dataclass(frozen=True)
 class HataConfig:
-    """Validated settings of one server.
+    """Validated settings of one server. What users leave out is as here, but for the weights: `from_options` has auto.
 
     Args:
         budget: as the user wrote it, ``"2048"`` or ``"1.6%"``.
@@ -205,7 +205,7 @@ class HataConfig:
             values["budget"] = str(values["budget"])
         if "weights" in values:
             values["weights"] = str(values["weights"])
-        if values.get("weights", "none") != "none":
+        if values.setdefault("weights", AUTO) != "none":
             values.setdefault("scoring", AUTO)
         return cls(**values)
 

@@ -41,10 +41,13 @@ def resolve(config: HataConfig, model: Any) -> HataConfig:
         HataError: the weights folder does not say what it is for.
     """
     if config.weights == AUTO:
-        fingerprint = model_fingerprint(model)
-        found = shipped.find(fingerprint, config.bits)
+        shape = model.num_hidden_layers, model.get_total_num_kv_heads(), model.head_dim
+        fitting = shipped.of_shape(*shape, config.dense_layers)
+        # Hashing a large model's weights takes seconds: only where something may come of it.
+        fingerprint = model_fingerprint(model) if fitting else None
+        found = shipped.find(fingerprint, config.bits, fitting)
         if found is None:
-            unread = "" if fingerprint else f" ({UNREAD})"
+            unread = f" ({UNREAD})" if fitting and not fingerprint else ""
             logger.warning(UNTRAINED, config.bits, model.model_path, unread, model.model_path)
             return replace(config, weights="none", scoring=HAMMING if config.scoring == AUTO else config.scoring)
         logger.info("Hash weights that ship for %s: %s", model.model_path, found)

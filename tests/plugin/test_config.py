@@ -38,7 +38,10 @@ def test_what_is_not_a_budget(text: str) -> None:
         ({"hata_budget": "19"}, "has no room for 4 sink and 16 recent tokens"),
         ({"hata_budget": "4", "hata_recent": "0"}, "has no room for 4 sink and 1 recent tokens"),
         ({"hata_weights": "/no/such/folder"}, "--hata-weights /no/such/folder is not a folder"),
-        ({"hata_scoring": "auto"}, "--hata-scoring auto is not a score: choose hamming or one-sided."),
+        (
+            {"hata_weights": "none", "hata_scoring": "auto"},
+            "--hata-scoring auto is not a score: choose hamming or one-sided.",
+        ),
         ({"hata_weights": "/", "hata_bits": "256"}, "--hata-bits 256 has no effect with --hata-weights /"),
     ],
 )
@@ -52,7 +55,7 @@ def test_refused_values(options: dict[str, object], sentence: str) -> None:
 def test_auto_is_the_default_and_decides_by_costs() -> None:
     costs = Costs(attend=5, score=1, fixed=0)
     config = HataConfig.from_options({"hata": True, "hata_min_context": "auto"})
-    assert config == HataConfig() and config.budget_rule(costs).costs == costs
+    assert config == HataConfig(weights="auto", scoring="auto") and config.budget_rule(costs).costs == costs
     fixed = HataConfig.from_options({"hata": True, "hata_min_context": "512"})
     assert fixed is not None and fixed.budget_rule(costs).costs is None and fixed.budget_rule().min_context == 512
 
@@ -63,7 +66,7 @@ def test_weights_bring_their_own_scoring_unless_one_is_given() -> None:
         ({"hata_weights": "/"}, "auto"),
         ({"hata_weights": "auto", "hata_bits": "64", "hata_scoring": "hamming"}, "hamming"),
         ({"hata_weights": "none"}, "hamming"),
-        ({}, "hamming"),
+        ({}, "auto"),
     ):
         config = HataConfig.from_options({"hata": True} | options)
         assert config is not None and config.scoring == scoring

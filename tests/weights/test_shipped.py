@@ -68,6 +68,19 @@ def test_without_shipped_weights_codes_are_untrained_and_the_log_says_so(
     check_fingerprint(config, served)
 
 
+def test_weights_that_do_not_reach_the_first_sparse_layer_are_not_taken(
+    data: Path, served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hashes(folder: Path) -> str:
+        raise AssertionError("a model was hashed for nothing")
+
+    assert resolve(HataConfig(weights="auto", scoring="auto"), served).weights != "none"
+    monkeypatch.setattr("sglang_hata.projections.folder_fingerprint", hashes)
+    assert resolve(HataConfig(weights="auto", scoring="auto", dense_layers=0), served).weights == "none"
+    served.head_dim *= 2
+    assert resolve(HataConfig(weights="auto", scoring="auto"), served).weights == "none"
+
+
 def test_a_model_that_is_not_on_disk_is_not_guessed_at(
     data: Path, served: SimpleNamespace, caplog: pytest.LogCaptureFixture
 ) -> None:

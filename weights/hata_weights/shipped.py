@@ -17,9 +17,19 @@ def shipped() -> dict[Path, Identity]:
     }
 
 
-def find(fingerprint: str | None, bits: int) -> Path | None:
+def find(fingerprint: str | None, bits: int, among: dict[Path, Identity] | None = None) -> Path | None:
     """The folder for a model of this fingerprint with codes of this many bits; None if none ships."""
     if not fingerprint:
         return None
-    fitting = (path for path, of in shipped().items() if of.fingerprint == fingerprint and of.bits == bits)
+    folders = shipped() if among is None else among
+    fitting = (path for path, of in folders.items() if of.fingerprint == fingerprint and of.bits == bits)
     return next(fitting, None)
+
+
+def of_shape(layers: int, kv_heads: int, head_dim: int, dense_layers: int) -> dict[Path, Identity]:
+    """The folders for models of this shape that have weights for all but the first ``dense_layers`` layers."""
+    return {
+        path: of
+        for path, of in shipped().items()
+        if (of.layers, of.kv_heads, of.head_dim) == (layers, kv_heads, head_dim) and of.dense_layers <= dense_layers
+    }
