@@ -11,14 +11,15 @@
     attend   positions    -> output       softmax attention over those tokens alone
 
 Every Triton kernel of this package is tested against the function of its step, bit for bit where the result
-is an integer, and a machine without a GPU serves with these functions themselves.
+is an integer, and a machine without a GPU serves with these functions themselves. Half of the file is what each step
+takes and gives.
 
 Notation of shapes: B requests, N tokens, L context length, S slots of the KV pool, Hq query heads, H KV heads,
 G = Hq / H query heads a group, D head dimension, W = bits / 32 words of a code.
 
 Source: Gong et al., "HATA", Findings of ACL 2025. Keys and queries are hashed after RoPE.
 
-The paper attends to the k best tokens and forgets the others. Here, unless TOP is asked for, a few of the others are
+The paper attends to the k best tokens and forgets the others. Here, unless TOP is asked for, some of the others are
 drawn as well, likelier the better they are, and stand for the rest: priority sampling (Duffield, Lund, Thorup, J. ACM
 2007), with a token's score as the guess of its attention. Where the guess is wrong, the output is then not a softmax
 over the wrong tokens, but right on average.
