@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SETTINGS = ("budget", "bits", "scoring", "selection", "dense_layers", "sink", "recent", "min_context")
+SETTINGS = ("budget", "min_budget", "bits", "scoring", "selection", "dense_layers", "sink", "recent", "min_context")
 PACKAGES = ("sglang", "sglang-hata", "torch", "triton", "flashinfer-python")
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {

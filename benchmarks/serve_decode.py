@@ -42,7 +42,7 @@ from benchmarks.common import (
     serving,
     write_rows,
 )
-from sglang_hata.config import parse_budget
+from sglang_hata.config import HataConfig
 
 Case = tuple[int, int]  # context and batch
 
@@ -210,9 +210,8 @@ def bytes_read(shape: str, context: int, batch: int, hata: dict[str, Any], selec
     weights = 2 * (layers * (attention + 3 * hidden * model["intermediate_size"]) + hidden * model["vocab_size"])
     kv = batch * context * kv_heads * 4 * head_dim  # of one layer
     codes = batch * context * kv_heads * hata["bits"] / 8  # of one layer
-    tokens, share_ppm = parse_budget(hata["budget"])
-    kept = max(tokens, context * share_ppm / 1e6, hata["sink"] + max(hata["recent"], 1))
-    sparse = codes + min(kept / context, 1) * kv if selects else kv
+    own = {name: hata[name] for name in ("budget", "min_budget", "sink", "recent")}
+    sparse = codes + HataConfig(**own).budget_rule().of(context) / context * kv if selects else kv
     dense_layers = hata["dense_layers"] * kv
     return {
         "weights": weights,

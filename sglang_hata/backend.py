@@ -80,8 +80,9 @@ class HataBackend(AttentionBackend):
                 f"batches in which that saves time (measured a layer: {costs.attend} ps for a token attended to, "
                 f"{costs.score} for one scored, {costs.fixed / 1e6:.1f} us a step)"
             )
+        least = f" (at least {self.budget.floor} tokens)" if self.budget.share_ppm else ""
         return (
-            f"HATA is active: budget {config.budget} a KV head for {above} "
+            f"HATA is active: budget {config.budget}{least} a KV head for {above} "
             f"(sink {config.sink}, recent {config.recent}, {config.selection}), "
             f"layers {codes.first_layer} to {self.layers - 1} of {self.layers}, "
             f"{codes.bits}-bit codes from {source}: {codes.bytes_per_token} bytes a token, "

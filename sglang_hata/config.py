@@ -45,6 +45,12 @@ FLAGS = (
         "stays within 2.2 points of dense attention on RULER at 128K tokens.",
     ),
     Flag(
+        "hata_min_budget",
+        "N",
+        "A budget that is a share of the context is never fewer than N tokens. Default 512: fewer save next to no "
+        "time, and answers that are gathered from all over a text suffer.",
+    ),
+    Flag(
         "hata_bits",
         "{64,128,256}",
         "Bits of a hash code: untrained, or with --hata-weights auto of those that ship; a folder of trained weights "
@@ -105,6 +111,7 @@ class HataConfig:
 
     Args:
         budget: as the user wrote it, ``"2048"`` or ``"1.6%"``.
+        min_budget: the fewest tokens that a share comes to.
         bits: bits of an untrained code; a weights folder brings its own.
         scoring: ``"hamming"`` or ``"one-sided"``; ``"auto"``, with weights, until `projections.resolve` knows theirs.
         selection: ``"sampled"`` or ``"top"``.
@@ -119,6 +126,7 @@ class HataConfig:
     """
 
     budget: str = "2048"
+    min_budget: int = 512
     bits: int = 128
     scoring: str = "hamming"
     selection: str = "sampled"
@@ -137,7 +145,7 @@ class HataConfig:
             raise HataError(f"--hata-scoring {self.scoring} is not a score: choose {' or '.join(SCORINGS)}.")
         if self.selection not in SELECTIONS:
             raise HataError(f"--hata-selection {self.selection} is not a selection: choose {' or '.join(SELECTIONS)}.")
-        for name in ("dense_layers", "sink", "recent", "min_context"):
+        for name in ("min_budget", "dense_layers", "sink", "recent", "min_context"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= MAX_TOKENS:
                 flag = f"--hata-{name.replace('_', '-')}"
@@ -168,8 +176,9 @@ class HataConfig:
         from hata_kernels.reference import Budget
 
         tokens, share_ppm = parse_budget(self.budget)
+        floor = max(self.floor, self.min_budget if share_ppm else 0)
         costs = costs if self.min_context is None else None
-        return Budget(tokens, share_ppm, floor=self.floor, min_context=self.min_context or 0, costs=costs)
+        return Budget(tokens, share_ppm, floor=floor, min_context=self.min_context or 0, costs=costs)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: what travels to SGLang's processes and what /server_info shows."""
@@ -193,6 +202,11 @@ class HataConfig:
             raise HataError(
                 f"--hata-bits {given['hata_bits']} has no effect with --hata-weights {given['hata_weights']}, which "
                 "bring their own: remove one of the two."
+            )
+        if "hata_min_budget" in given and not parse_budget(str(given.get("hata_budget", cls.budget)))[1]:
+            raise HataError(
+                f"--hata-min-budget {given['hata_min_budget']} has no effect with a --hata-budget in tokens: give that "
+                "as a share of the context, such as 1.6%, or remove one of the two."
             )
         types = {field.name: field.type for field in fields(cls)}
         values: dict[str, Any] = {}

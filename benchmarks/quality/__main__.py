@@ -45,6 +45,7 @@ SMALL = {
     "methods": "dense,trained@1/8",
     "documents": 6,
     "questions": 6,
+    "hata_flags": "--hata-min-budget 0",  # 1/8 of so little is 256 tokens
     "cold_only": True,
     "again": True,
     "out": ROOT / ".venv" / "quality.json",

@@ -128,6 +128,7 @@ def status_lines(status: dict[str, Any]) -> list[str]:
 def _hata(hata: dict[str, Any]) -> str:
     settings = (
         "budget",
+        "min_budget",
         "bits",
         "dense_layers",
         "min_context",

@@ -35,6 +35,11 @@ def test_what_is_not_a_budget(text: str) -> None:
         ({"hata_recent": "1.5"}, "--hata-recent 1.5 is not a whole number"),
         ({"hata_min_context": "1e12"}, "--hata-min-context 1e12 is not a whole number"),
         ({"hata_dense_layers": True}, "--hata-dense-layers True is not a whole number"),
+        ({"hata_min_budget": "64"}, "--hata-min-budget 64 has no effect with a --hata-budget in tokens"),
+        (
+            {"hata_budget": "64", "hata_min_budget": 0},
+            "--hata-min-budget 0 has no effect with a --hata-budget in tokens",
+        ),
         ({"hata_budget": "19"}, "has no room for 4 sink and 16 recent tokens"),
         ({"hata_budget": "4", "hata_recent": "0"}, "has no room for 4 sink and 1 recent tokens"),
         ({"hata_weights": "/no/such/folder"}, "--hata-weights /no/such/folder is not a folder"),
@@ -70,6 +75,22 @@ def test_weights_bring_their_own_scoring_unless_one_is_given() -> None:
     ):
         config = HataConfig.from_options({"hata": True} | options)
         assert config is not None and config.scoring == scoring
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"hata_budget": "1.6%"}, [100, 512, 513, 800]),
+        ({"hata_budget": "1.6%", "hata_min_budget": "64"}, [64, 64, 513, 800]),
+        ({"hata_budget": "1.6%", "hata_min_budget": "0"}, [20, 32, 513, 800]),
+        ({"hata_budget": "1.6%", "hata_min_budget": "0", "hata_recent": "200"}, [100, 204, 513, 800]),
+        ({"hata_budget": "64"}, [64, 64, 64, 64]),
+    ],
+)
+def test_a_share_is_never_fewer_tokens_than_the_least_budget(options: dict[str, object], kept: list[int]) -> None:
+    config = HataConfig.from_options({"hata": True} | options)
+    assert config is not None
+    assert [config.budget_rule().of(length) for length in (100, 2000, 32_001, 50_000)] == kept
 
 
 def test_a_setting_without_hata_is_refused() -> None:
