@@ -17,12 +17,17 @@ from torch import Tensor
 
 from hata_kernels.launch import (
     INTERPRETED,
+    SHARED_ARRAY,
     check_tensor,
     luck_of,
     luck_seed,
     luck_word,
     overlaps_launches,
     popcount,
+    shared_add,
+    shared_array,
+    shared_load,
+    shared_store,
     wait_for_previous,
 )
 from hata_kernels.reference import LUCK_TOKENS, OCTAVES_A_ROOT, SAMPLED
@@ -34,35 +39,6 @@ TOKENS = LUCK_TOKENS
 SKEW = 4
 # `reference.octaves` divides a root by this.
 PARTS, PART = tl.constexpr(OCTAVES_A_ROOT**2), tl.constexpr(1 / OCTAVES_A_ROOT)
-# Triton has no shared memory that a program can index. These four lines of PTX are such an array: its address, and
-# storing, adding to and loading its elements. They are side effects, so they stay in order with the barriers.
-ARRAY = "{{ .shared .align 16 .b32 hata_histogram[{}]; mov.u32 $0, hata_histogram; }}"
-STORE = tl.constexpr("st.shared.b32 [$1], $2; mov.b32 $0, 0;")
-ADD = tl.constexpr("red.shared.add.u32 [$1], $2; mov.b32 $0, 0;")
-LOAD = tl.constexpr("ld.shared.b32 $0, [$1];")
-
-
-@triton.jit
-def shared_array(DECLARATION: tl.constexpr):
-    """Address of an array of int32 in shared memory; `ARRAY` with its size is the declaration."""
-    return tl.inline_asm_elementwise(DECLARATION, "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def shared_zero(address):
-    tl.inline_asm_elementwise(STORE, "=r,r,r", [address, address * 0], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def shared_add(address, b_x):
-    """Adds each element once if no thread holds another's copy: tiles of an element for each thread and more, reduced
-    over axes that lie within a thread. The tests count."""
-    tl.inline_asm_elementwise(ADD, "=r,r,r", [address, b_x], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def shared_load(address):
-    return tl.inline_asm_elementwise(LOAD, "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -162,7 +138,7 @@ def score_kernel(
         p_shared = 0
     else:
         p_shared = shared_array(SHARED)
-        shared_zero(p_shared + (tl.arange(0, HB)[:, None] * STRIDE + o_bin[None, :]) * 4)
+        shared_store(p_shared + (tl.arange(0, HB)[:, None] * STRIDE + o_bin[None, :]) * 4, b_count)
         tl.debug_barrier()
 
     wait_for_previous(PDL)
@@ -281,7 +257,7 @@ def score_and_count(
         TOKENS=TOKENS,
         BINS=bins,
         PIECE=PIECE,
-        SHARED=ARRAY.format(HB * (bins + SKEW)),
+        SHARED=SHARED_ARRAY.format(HB * (bins + SKEW)),
         STRIDE=bins + SKEW,
         DRAWS=workspace.selection == SAMPLED,
         PDL=overlaps_launches(device),

@@ -4,6 +4,9 @@ Specification: `reference.select_positions` and `reference.doublings`. Tokens be
 on it, the earliest, as many as are still wanted. Every program finds the threshold for itself, in the counts of its
 row, and adds up what earlier shares keep, so that none waits for a neighbour: two short loads take less time than a
 launch between.
+
+Few tokens are selected, and they lie anywhere. So a program marks all of its tokens, queues those that are marked in
+shared memory, and looks their slots up from there, as many at a time as it has lanes and more.
 """
 # mypy: allow-untyped-defs
 
@@ -13,12 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from hata_kernels.launch import (
+    INTERPRETED,
+    SHARED_ARRAY,
     check_tensor,
     luck_of,
     luck_seed,
     luck_word,
     overlaps_launches,
     popcount,
+    shared_array,
+    shared_load,
+    shared_store,
     wait_for_previous,
 )
 from hata_kernels.reference import SAMPLED
@@ -29,6 +37,8 @@ EARLIER = 256
 # A program is one warp, which needs no barriers: each lane has COLUMNS consecutive ranks, 16 bytes in the usual case.
 # Their marks fill an int32: selected for sure in the low half, tied in the high half.
 LANES, COLUMNS = 32, 16
+# Selected tokens that are queued before their slots are looked up, 4 KiB a program, and how many are at a time.
+QUEUE, LOOKED_UP = 1024, 128
 BITS_OF_SLOT = tl.constexpr(SLOT_BITS)
 
 
@@ -63,6 +73,7 @@ def compact_share(
     kept,
     slot_table,
     slots,
+    queue,
     i_share,
     i_h,
     table_stride,
@@ -74,11 +85,13 @@ def compact_share(
     BE: tl.constexpr,
     BL: tl.constexpr,
     BC: tl.constexpr,
+    BQ: tl.constexpr,
+    QUEUE: tl.constexpr,
     PIECE: tl.constexpr,
     DRAWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Few tokens are selected, so little is done for each: one mark. Then every lane walks over its marks."""
+    """Little is done for each token: one mark. Then every lane walks over its marks, and queues them."""
     p_share = shares + i_share * PIECE
     # A piece without work is of request -1, and has nothing between its start and its end.
     i_b = tl.maximum(tl.load(p_share), 0).to(tl.int64)
@@ -103,6 +116,7 @@ def compact_share(
     if DRAWS:
         # Times this, over 2^16, is division by an octave, exactly: no rank times an octave reaches 2^16.
         inverse = 65536 // tl.maximum(octave, 1) + 1
+    done = less + tl.minimum(tie, wanted)
     for i_t in range(start, end, BL * BC):
         b_rank = b_next.to(tl.int32)
         o_t = i_t + BL * BC + o_lane[:, None] + o_c[None, :]
@@ -125,15 +139,32 @@ def compact_share(
             m_tie = (b_lowest != 0) & ~m_less
             m_out = m_less | (m_tie & (b_tie < wanted))
             o_token = i_t + o_lane + popcount(b_lowest - 1)
-            b_slot = tl.load(p_table + o_token, mask=m_out, other=0)
-            if DRAWS:
-                b_drawn = tl.sum(tl.where(b_lowest[:, None] == (1 << o_c[None, :]), b_rank, 0), axis=1)
-                b_luck = luck_of(luck_word(o_token >> 2, seed), o_token)
-                b_double = tl.maximum(b_luck - ((threshold - b_drawn) * inverse >> 16), 0)
-                b_slot |= tl.where(b_drawn > 1, b_double, 0) << BITS_OF_SLOT
-            tl.store(p_out + b_less + tl.minimum(b_tie, wanted), b_slot, mask=m_out)
+            o_queue = b_less + tl.minimum(b_tie, wanted) - done
+            if INTERPRETED:
+                tl.store(p_out + done + o_queue, o_token, mask=m_out)
+            else:  # the last element is for what is not selected
+                shared_store(queue + tl.where(m_out, o_queue, QUEUE) * 4, o_token)
             b_less += m_less.to(tl.int32)
             b_tie += m_tie.to(tl.int32)
+        queued = less + tl.minimum(tie, wanted) - done
+        if (queued > QUEUE - BL * BC) | (i_t + BL * BC >= end):
+            tl.debug_barrier()
+            for i_q in range(0, queued, BQ):
+                o_queue = i_q + tl.arange(0, BQ)
+                m_out = o_queue < queued
+                if INTERPRETED:
+                    o_token = tl.load(p_out + done + o_queue, mask=m_out, other=0)
+                else:
+                    o_token = tl.where(m_out, shared_load(queue + tl.minimum(o_queue, QUEUE) * 4), 0)
+                b_slot = tl.load(p_table + o_token, mask=m_out, other=0)
+                if DRAWS:
+                    b_drawn = tl.load(p_rank + o_token, mask=m_out, other=0).to(tl.int32)
+                    b_luck = luck_of(luck_word(o_token >> 2, seed), o_token)
+                    b_double = tl.maximum(b_luck - ((threshold - b_drawn) * inverse >> 16), 0)
+                    b_slot |= tl.where(b_drawn > 1, b_double, 0) << BITS_OF_SLOT
+                tl.store(p_out + done + o_queue, b_slot, mask=m_out)
+            tl.debug_barrier()
+            done += queued
 
 
 @triton.jit(do_not_specialize=["n_shares", "layer"])
@@ -157,11 +188,15 @@ def compact_kernel(
     BE: tl.constexpr,
     BL: tl.constexpr,
     BC: tl.constexpr,
+    BQ: tl.constexpr,
+    QUEUE: tl.constexpr,
+    SHARED: tl.constexpr,
     PIECE: tl.constexpr,
     DRAWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     i_h = tl.program_id(0) % H
+    queue = 0 if INTERPRETED else shared_array(SHARED)
     for i_share in range(tl.program_id(0) // H, n_shares, STRIDE):
         compact_share(
             ranks,
@@ -172,6 +207,7 @@ def compact_kernel(
             kept,
             slot_table,
             slots,
+            queue,
             i_share,
             i_h,
             table_stride,
@@ -183,6 +219,8 @@ def compact_kernel(
             BE,
             BL,
             BC,
+            BQ,
+            QUEUE,
             PIECE,
             DRAWS,
             PDL,
@@ -229,6 +267,9 @@ def select_slots(slot_table: Tensor, workspace: DecodeWorkspace, batch: int, lay
         BE=EARLIER,
         BL=LANES,
         BC=COLUMNS,
+        BQ=LOOKED_UP,
+        QUEUE=QUEUE,
+        SHARED=SHARED_ARRAY.format(QUEUE + 1),
         PIECE=PIECE,
         DRAWS=workspace.selection == SAMPLED,
         PDL=overlap,

@@ -117,6 +117,7 @@ STEPS = {
     "worth it": ([90, 30, 12], Budget(tokens=10, costs=SAVING), 2, 2, 64, 64),
     "not worth it": ([30, 12], Budget(tokens=10, costs=SAVING), 2, 2, 64, 64),
     "many": ([9] * 18 + [50], Budget(tokens=6), 1, 5, 64, 64),
+    "more than a queue": ([3000], Budget(tokens=2900), 1, 1, 64, 64),
 }
 
 

@@ -84,6 +84,7 @@ SHAPES = {
     "b4-ragged-h2g7d64-256-one-sided-top": Shape(
         ragged(4, 12_289), SHARE, 2, 7, 64, 256, scoring=ONE_SIDED, selection=TOP
     ),
+    "b32-16384-h1g4d64-64-nearly-all": Shape([16_384] * 32, Budget(tokens=15_000), 1, 4, 64, 64),
     "b3-2049-h2g16d128-256": Shape([2049, 2048, 2047], Budget(tokens=333), 2, 16, 128, 256),
 }
 
