@@ -47,7 +47,7 @@ FLAGS = (
     Flag(
         "hata_min_budget",
         "N",
-        "A budget that is a share of the context is never fewer than N tokens. Default 512: fewer save next to no "
+        "A budget that is a share of the context is never fewer than N tokens. Default 1024: fewer save little "
         "time, and answers that are gathered from all over a text suffer.",
     ),
     Flag(
@@ -126,7 +126,7 @@ class HataConfig:
     """
 
     budget: str = "2048"
-    min_budget: int = 512
+    min_budget: int = 1024
     bits: int = 128
     scoring: str = "hamming"
     selection: str = "sampled"

@@ -152,6 +152,13 @@ def check_model(model: Any, config: HataConfig, device: str, state_space_layers:
             f"--hata-min-context {config.min_context} leaves nothing to HATA, as the model's context ends at "
             f"{longest} tokens: give a smaller number, or remove --hata."
         )
+    rule = config.budget_rule()
+    if rule.share_ppm < 1_000_000 and not rule.largest(longest):  # who wants the whole context says 100%
+        flag = f"--hata-min-budget {config.min_budget}" if rule.share_ppm else f"--hata-budget {config.budget}"
+        raise HataError(
+            f"{flag} leaves nothing to HATA, as the model's context ends at {longest} tokens: give a smaller number, "
+            "or remove --hata."
+        )
 
 
 def _model_refusals(state_space_layers: bool) -> Iterator[tuple[Callable[[Any], bool], str]]:

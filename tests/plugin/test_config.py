@@ -80,17 +80,17 @@ def test_weights_bring_their_own_scoring_unless_one_is_given() -> None:
 @pytest.mark.parametrize(
     ("options", "kept"),
     [
-        ({"hata_budget": "1.6%"}, [100, 512, 513, 800]),
-        ({"hata_budget": "1.6%", "hata_min_budget": "64"}, [64, 64, 513, 800]),
-        ({"hata_budget": "1.6%", "hata_min_budget": "0"}, [20, 32, 513, 800]),
-        ({"hata_budget": "1.6%", "hata_min_budget": "0", "hata_recent": "200"}, [100, 204, 513, 800]),
+        ({"hata_budget": "1.6%"}, [100, 1024, 1024, 1040]),
+        ({"hata_budget": "1.6%", "hata_min_budget": "64"}, [64, 64, 513, 1040]),
+        ({"hata_budget": "1.6%", "hata_min_budget": "0"}, [20, 32, 513, 1040]),
+        ({"hata_budget": "1.6%", "hata_min_budget": "0", "hata_recent": "200"}, [100, 204, 513, 1040]),
         ({"hata_budget": "64"}, [64, 64, 64, 64]),
     ],
 )
 def test_a_share_is_never_fewer_tokens_than_the_least_budget(options: dict[str, object], kept: list[int]) -> None:
     config = HataConfig.from_options({"hata": True} | options)
     assert config is not None
-    assert [config.budget_rule().of(length) for length in (100, 2000, 32_001, 50_000)] == kept
+    assert [config.budget_rule().of(length) for length in (100, 2000, 32_001, 65_000)] == kept
 
 
 def test_a_setting_without_hata_is_refused() -> None:

@@ -51,6 +51,12 @@ CASES: dict[str, tuple[list[str], str]] = {
     ),
     "dense-layers": (["--hata-dense-layers", "30"], "--hata-dense-layers 30 leaves nothing to HATA"),
     "min-context": (["--hata-min-context", "8192"], "--hata-min-context 8192 leaves nothing to HATA"),
+    "budget-of-all": (["--hata-budget", "8192"], "--hata-budget 8192 leaves nothing to HATA"),
+    "share-of-all": (
+        ["--hata-budget", "5%", "--hata-min-budget", "8192"],
+        "--hata-min-budget 8192 leaves nothing to HATA, as the model's context ends at 8192 tokens: give a smaller",
+    ),
+    "whole": (["--hata-budget", "100%"], "starts"),
 }
 ENVIRONMENT_CASES = {
     "SGLANG_USE_HND_KVCACHE": "--hata cannot run with SGLANG_USE_HND_KVCACHE=1: codes follow the NHD layout",
