@@ -37,6 +37,8 @@ from hata_kernels.workspace import PIECE, SCORE_WARPS, DecodeWorkspace
 TOKENS = LUCK_TOKENS
 # Words between the counts of two heads beyond their own: equal ranks of neighbouring heads lie in different banks.
 SKEW = 4
+# Batches from this size on have enough to read to load codes two tiles ahead; the others do with one.
+TWO_AHEAD_FROM = 4
 # `reference.octaves` divides a root by this.
 PARTS, PART = tl.constexpr(OCTAVES_A_ROOT**2), tl.constexpr(1 / OCTAVES_A_ROOT)
 
@@ -102,11 +104,12 @@ def score_kernel(
     SHARED: tl.constexpr,
     STRIDE: tl.constexpr,
     DRAWS: tl.constexpr,
+    TWO_AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A tile is [groups of tokens, TOKENS, W / WV, heads x WV words]. A thread has WV words of a head, 16 bytes where a
     code has as many, loaded at once, of every token of a group: sums over a code, and the ranks of a group, stay within
-    it, so threads never wait for one another. Codes are loaded a tile ahead, and their slots two."""
+    it, so threads never wait for one another. Codes are loaded a tile ahead, or two, and their slots one more."""
     i_share = tl.program_id(0)
     i_hb = tl.program_id(1)
     i_b = tl.load(shares + i_share * PIECE).to(tl.int64)
@@ -129,6 +132,10 @@ def score_kernel(
     o_word = (tl.arange(0, W // WV) * WV)[None, None, :, None] + (o_column * W + o_c % WV)[None, None, None, :]
     b_code = load_codes(code_cache, load_slots(p_slot, o_t, end), o_word, m_c, H, HB, W)
     b_slot = load_slots(p_slot, o_t + BT, end)
+    if TWO_AHEAD:
+        b_next = load_codes(code_cache, b_slot, o_word, m_c, H, HB, W)
+        b_slot = load_slots(p_slot, o_t + 2 * BT, end)
+    AHEAD: tl.constexpr = 2 if TWO_AHEAD else 1
 
     o_h = i_hb * HB + tl.arange(0, HB)
     m_h = o_h < H
@@ -165,8 +172,8 @@ def score_kernel(
     p_rank = ranks + (i_b * H + o_h)[:, None, None] * (rank_stride // RANKS)
     p_rank += opaque(tl.arange(0, BG) * WORDS)[None, :, None] + tl.arange(0, WORDS)[None, None, :]
     for i_t in tl.range(start, end, BT, num_stages=1):
-        b_next = load_codes(code_cache, b_slot, o_word, m_c, H, HB, W)
-        b_slot = load_slots(p_slot, o_t + 2 * BT, end)
+        b_loaded = load_codes(code_cache, b_slot, o_word, m_c, H, HB, W)
+        b_slot = load_slots(p_slot, o_t + (1 + AHEAD) * BT, end)
         b_differs = b_code ^ b_sign
         b_bits = popcount(b_differs & b_planes[0])
         for i_p in tl.static_range(1, P):
@@ -189,7 +196,11 @@ def score_kernel(
             b_count += tl.sum(tl.sum(b_one.to(tl.int32), axis=0), axis=0)
         else:
             shared_add(p_shared + (tl.arange(0, HB)[None, None, :] * STRIDE + b_rank) * 4, b_rank * 0 + 1)
-        b_code = b_next
+        if TWO_AHEAD:
+            b_code = b_next
+            b_next = b_loaded
+        else:
+            b_code = b_loaded
         o_t += BT
 
     if not INTERPRETED:
@@ -260,6 +271,7 @@ def score_and_count(
         SHARED=SHARED_ARRAY.format(HB * (bins + SKEW)),
         STRIDE=bins + SKEW,
         DRAWS=workspace.selection == SAMPLED,
+        TWO_AHEAD=batch >= TWO_AHEAD_FROM,
         PDL=overlaps_launches(device),
         launch_pdl=overlaps_launches(device),
         num_warps=SCORE_WARPS,
