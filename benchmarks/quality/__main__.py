@@ -220,7 +220,7 @@ def prompts(folder: str) -> Prompts:
 
 def write_reports(paths: list[Path]) -> None:
     """Merged result files, their plots, and docs/quality.md; without paths, of all that are in the results folder."""
-    found = paths or sorted(RESULTS.glob("quality-*.json"))
+    found = paths or sorted(RESULTS.glob("quality-*.json"), key=lambda path: path.stem)
     if not found:
         raise SystemExit(f"There is nothing to report in {RESULTS}: run python -m benchmarks.quality first.")
     merged = reports.merge(found)
