@@ -34,7 +34,7 @@ from hata_kernels.workspace import PIECE, SLOT_BITS, DecodeWorkspace
 
 # Earlier shares whose counts are loaded at a time.
 EARLIER = 256
-# A program is one warp, which needs no barriers: each lane has COLUMNS consecutive ranks, 16 bytes in the usual case.
+# A program is one warp, whose barriers cost little: each lane has COLUMNS consecutive ranks, 16 bytes in the usual case.
 # Their marks fill an int32: selected for sure in the low half, tied in the high half.
 LANES, COLUMNS = 32, 16
 # Selected tokens that are queued before their slots are looked up, 4 KiB a program, and how many are at a time.
