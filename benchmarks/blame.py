@@ -203,14 +203,14 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=32, metavar="N", help="one token in N (default: 32)")
     parser.add_argument("--documents", type=int, default=2, help="documents a task (default: 2)")
     parser.add_argument("--questions", type=int, default=4, help="questions a document (default: 4)")
-    parser.add_argument("--each-layer", action="store_true", help="also choose in one layer at a time, by top")
+    parser.add_argument("--each-layer", action="store_true", help="also sample in one layer at a time")
     args = parser.parse_args()
     report = header("blame")
     model = Model(args.model, args.weights)
     layers = range(DENSE_LAYERS, model.net.config.num_hidden_layers)
     choices: dict[Any, tuple[str, Container[int]]] = {(kind, None): (kind, layers) for kind in KINDS}
     if args.each_layer:
-        choices |= {("top", layer): ("top", (layer,)) for layer in layers}
+        choices |= {("sampled", layer): ("sampled", (layer,)) for layer in layers}
     budget = Budget(share_ppm=1_000_000 // args.budget, floor=SINK + RECENT)
     plan = Plan(args.documents, args.questions, 0, prose(), True, 1, None)
     about = {"context": args.context, "budget": f"1/{args.budget}"}
