@@ -34,8 +34,8 @@ from hata_kernels.workspace import PIECE, SLOT_BITS, DecodeWorkspace
 
 # Earlier shares whose counts are loaded at a time.
 EARLIER = 256
-# A program is one warp, whose barriers cost little. Each lane has COLUMNS consecutive ranks, 16 bytes in the usual case;
-# their marks fill an int32: selected for sure in the low half, tied in the high half.
+# A program is one warp, whose barriers cost little. Each lane has COLUMNS consecutive ranks, usually 16 bytes; their
+# marks fill an int32: selected for sure in the low half, tied in the high half.
 LANES, COLUMNS = 32, 16
 # Selected tokens that are queued before their slots are looked up, 4 KiB a program, and how many are at a time.
 QUEUE, LOOKED_UP = 1024, 128
