@@ -34,9 +34,10 @@ from benchmarks.quality.run import Asker, Method, Plan, Prompts, budget_of, serv
 from benchmarks.quality.tasks import TASKS, prose
 from sglang_hata.cpu import gpu_present
 
+# A share is at least --hata-min-budget, so tokens say more where contexts are short.
 METHODS = (
-    "dense,whole,trained@1/128,trained@1/64,trained@1/32,trained@1/16,top@1/64,top@1/32,"
-    "untrained128@1/64,untrained128@1/32,untrained256@1/64,untrained256@1/32"
+    "dense,whole,trained@2048,trained@1/32,trained@1/64,trained@512,trained@256,trained@128,top@1/32,"
+    "untrained128@1/32,untrained256@1/32"
 )
 # A model of 135M parameters does these, and a CPU prefills some hundred tokens a second.
 SMALL = {
@@ -116,7 +117,7 @@ def parse() -> argparse.Namespace:
         "--methods",
         default=METHODS,
         help="dense, whole, trained@1/64, trained@2048, untrained128@1/64, ..., and top@1/64 for trained codes without "
-        "a sample of the rest (default: shares)",
+        "a sample of the rest (default: each at some budgets)",
     )
     where.add_argument("--weights", default="auto", help="trained hash weights: a folder, or auto (default: auto)")
     where.add_argument("--url", help="ask this running server instead")

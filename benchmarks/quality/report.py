@@ -11,6 +11,7 @@ import numpy as np
 
 from benchmarks.common import ROOT, plot
 from benchmarks.quality.tasks import TASKS
+from sglang_hata.config import MAX_TOKENS
 
 ALL = "all"  # the budget that is the whole context
 EVIDENCE = 50  # what dense must score for a cell to say anything of another method
@@ -44,6 +45,8 @@ def key(row: Row) -> tuple[Any, ...]:
 
 def share(budget: str) -> float:
     """A budget as a number that grows with it."""
+    if budget.isdigit():
+        return int(budget) / MAX_TOKENS  # below all shares
     return 1 / int(budget[2:]) if budget.startswith("1/") else 1.0 if budget == ALL else 0.0
 
 
