@@ -42,7 +42,7 @@ def test_with_the_whole_context_as_budget_the_text_is_dense(
     rotations = [untrained_projection(i, range(KV_HEADS), 64, 256)[0] for i in range(LAYERS + 2)]
     weights = {i: torch.stack([rotations[i + 1], rotations[i + 2]]) for i in range(LAYERS)}
     artifact.save(tmp_path, identity, weights)
-    flags = ["--hata", "--hata-budget", "8192", "--hata-min-context", "0", *PAGES]
+    flags = ["--hata", "--hata-budget", "100%", "--hata-min-context", "0", *PAGES]
     flags += ["--hata-weights", str(tmp_path), "--hata-dense-layers", "0"]
     # --hata-verify selects also where every token is kept, so this runs the whole sparse path.
     with serving(model, *flags, *VERIFY) as server:

@@ -16,7 +16,7 @@ SMALL = ("--hata", "--hata-budget", "256", "--hata-min-context", "512")
 
 
 def test_with_the_whole_context_as_budget_the_text_is_dense_under_graphs(model: Path, dense_answers: list[Any]) -> None:
-    with serving(model, "--hata", "--hata-budget", "8192", "--hata-min-context", "0") as server:
+    with serving(model, "--hata", "--hata-budget", "100%", "--hata-min-context", "0") as server:
         for prompt, dense in zip(PROMPTS, dense_answers, strict=True):
             assert_same_text(dense, server.generate(prompt, NEW_TOKENS))
         state = server.hata()
@@ -60,7 +60,7 @@ def test_fp8_keys_and_values(model: Path) -> None:
     fp8 = ("--kv-cache-dtype", "fp8_e4m3")
     with serving(model, *fp8) as server:
         dense = [server.generate(prompt, NEW_TOKENS) for prompt in PROMPTS]
-    with serving(model, *fp8, "--hata", "--hata-budget", "8192", "--hata-min-context", "0") as server:
+    with serving(model, *fp8, "--hata", "--hata-budget", "100%", "--hata-min-context", "0") as server:
         for prompt, answer in zip(PROMPTS, dense, strict=True):
             assert_same_text(answer, server.generate(prompt, NEW_TOKENS))
     with serving(model, *fp8, *SMALL) as server:
