@@ -1,7 +1,8 @@
 """What changes answers: the choice of tokens, its budget, or a layer. No server, no kernels: the specification chooses.
 
-    python -m benchmarks.blame MODEL --weights DIR                     # kinds of choices, side by side
-    python -m benchmarks.blame MODEL --weights DIR --each-layer        # and each layer alone, all others dense
+    python -m benchmarks.blame MODEL --weights DIR                      # kinds of choices, side by side
+    python -m benchmarks.blame MODEL --weights DIR --each-layer         # and each layer alone, all others dense
+    python -m benchmarks.blame MODEL --weights DIR --budgets 64,32,16,8 # and at several budgets
 
 A server that errs in one token goes on from there, so its answers say that something went wrong, but hardly what. Here
 a document and a question are prefilled densely, and the tokens of the right answer are read, each attending as a decode
@@ -155,8 +156,7 @@ def read(
     model: Model,
     task: str,
     document: Document,
-    choices: dict[Any, tuple[str, Container[int]]],
-    budget: Budget,
+    choices: dict[Any, tuple[str, Container[int], Budget]],
     tallies: dict[Any, Tally],
 ) -> None:
     """Reads the right answers to a document's questions, densely and by every choice."""
@@ -183,8 +183,8 @@ def read(
         forward(asked, len(head))
         start = len(head) + len(asked)
         dense = answer(tokens, start)
-        for name, (kind, layers) in choices.items():
-            with model.choosing(kind, layers, budget):
+        for name, choice in choices.items():
+            with model.choosing(*choice):
                 tallies[name].add(dense, answer(tokens, start))
 
 
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help="folder of trained hash weights")
     parser.add_argument("--tasks", default="needle_uuid,frequent_words", help=f"of {', '.join(TASKS)}")
     parser.add_argument("--context", type=int, default=4096, help="tokens (default: 4096)")
-    parser.add_argument("--budget", type=int, default=32, metavar="N", help="one token in N (default: 32)")
+    parser.add_argument("--budgets", default="32", metavar="N,...", help="one token in N (default: 32)")
     parser.add_argument("--documents", type=int, default=2, help="documents a task (default: 2)")
     parser.add_argument("--questions", type=int, default=4, help="questions a document (default: 4)")
     parser.add_argument("--each-layer", action="store_true", help="also sample in one layer at a time")
@@ -208,27 +208,27 @@ def main() -> None:
     report = header("blame")
     model = Model(args.model, args.weights)
     layers = range(DENSE_LAYERS, model.net.config.num_hidden_layers)
-    choices: dict[Any, tuple[str, Container[int]]] = {(kind, None): (kind, layers) for kind in KINDS}
-    if args.each_layer:
-        choices |= {("sampled", layer): ("sampled", (layer,)) for layer in layers}
-    budget = Budget(share_ppm=1_000_000 // args.budget, floor=SINK + RECENT)
+    choices: dict[Any, tuple[str, Container[int], Budget]] = {}
+    for part in map(int, args.budgets.split(",")):
+        budget = Budget(share_ppm=1_000_000 // part, floor=SINK + RECENT)
+        choices |= {(part, kind, "all"): (kind, layers, budget) for kind in KINDS}
+        if args.each_layer:
+            choices |= {(part, "sampled", layer): ("sampled", (layer,), budget) for layer in layers}
     plan = Plan(args.documents, args.questions, 0, prose(), True, 1, None)
-    about = {"context": args.context, "budget": f"1/{args.budget}"}
     path = RESULTS / f"blame-{Path(args.model).resolve().name.lower()}.json"
-    print("task                choice     layer  divergence  other tokens  same answers")
+    print("task                budget  choice     layer  divergence  other tokens  same answers")
     for task in args.tasks.split(","):
         tallies = {name: Tally() for name in choices}
         for number, document in enumerate(drawn(plan, task, args.context, model.prompts)):
             with torch.inference_mode():
-                read(model, task, document, choices, budget, tallies)
+                read(model, task, document, choices, tallies)
             print(f"{task}: document {number + 1} of {args.documents}", file=sys.stderr, flush=True)
         rows = []
-        for (kind, layer), tally in tallies.items():
-            row = tally.row()
-            rows.append({"task": task, **about, "choice": kind, "layer": "all" if layer is None else layer, **row})
-            place = "all" if layer is None else layer
+        for (part, kind, layer), tally in tallies.items():
+            row, about = tally.row(), {"task": task, "context": args.context, "budget": f"1/{part}"}
+            rows.append(about | {"choice": kind, "layer": layer} | row)
             figures = f"{row['divergence']:10.4f}  {row['changed']:12.1%}  {row['same']:12.1%}"
-            print(f"{task:18}  {kind:9}  {place:>5}  {figures}")
+            print(f"{task:18}  {about['budget']:>6}  {kind:9}  {layer!s:>5}  {figures}")
         write_rows(
             path, report | {"model": Path(args.model).resolve().name, "weights": args.weights.name, "rows": rows}, key
         )
