@@ -146,15 +146,12 @@ def check_model(model: Any, config: HataConfig, device: str, state_space_layers:
             f"--hata-dense-layers {config.dense_layers} leaves nothing to HATA, as the model has "
             f"{model.num_hidden_layers} layers: give a smaller number, or remove --hata."
         )
-    longest = model.context_len
-    if config.min_context is not None and config.min_context >= longest:
-        raise HataError(
-            f"--hata-min-context {config.min_context} leaves nothing to HATA, as the model's context ends at "
-            f"{longest} tokens: give a smaller number, or remove --hata."
-        )
-    rule = config.budget_rule()
-    if rule.share_ppm < 1_000_000 and not rule.largest(longest):  # who wants the whole context says 100%
+    rule, longest, flag = config.budget_rule(), model.context_len, ""
+    if rule.min_context >= longest:
+        flag = f"--hata-min-context {config.min_context}"
+    elif rule.share_ppm < 1_000_000 and not rule.largest(longest):  # who wants the whole context says 100%
         flag = f"--hata-min-budget {config.min_budget}" if rule.share_ppm else f"--hata-budget {config.budget}"
+    if flag:
         raise HataError(
             f"{flag} leaves nothing to HATA, as the model's context ends at {longest} tokens: give a smaller number, "
             "or remove --hata."
