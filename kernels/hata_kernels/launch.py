@@ -1,4 +1,4 @@
-"""What the kernels share: popcount, luck, arrays in shared memory, and the checks of their launchers."""
+"""What the kernels share: popcount, luck, and the checks of their launchers."""
 # mypy: allow-untyped-defs
 
 from collections.abc import Sequence
@@ -15,13 +15,6 @@ from hata_kernels.reference import GOLDEN, MIX_1, MIX_2
 # Triton's interpreter runs the kernels on a CPU (TRITON_INTERPRET=1, read when Triton is imported). It has no
 # inline assembly.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-
-# Triton has no shared memory that a program can index. These four lines of PTX are such an array: its address, and
-# storing, adding to and loading its elements. They are side effects, so they stay in order with the barriers.
-SHARED_ARRAY = "{{ .shared .align 16 .b32 hata_array[{}]; mov.u32 $0, hata_array; }}"
-STORE = tl.constexpr("st.shared.b32 [$1], $2; mov.b32 $0, 0;")
-ADD = tl.constexpr("red.shared.add.u32 [$1], $2; mov.b32 $0, 0;")
-LOAD = tl.constexpr("ld.shared.b32 $0, [$1];")
 
 STEP, MULTIPLY_1, MULTIPLY_2 = tl.constexpr(GOLDEN), tl.constexpr(MIX_1), tl.constexpr(MIX_2)
 
@@ -78,39 +71,20 @@ def luck_of(b_word, o_token):
 
 
 @triton.jit
-def shared_array(DECLARATION: tl.constexpr):
-    """Address of an array of int32 in shared memory; `SHARED_ARRAY` with its size is the declaration."""
-    return tl.inline_asm_elementwise(DECLARATION, "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def shared_store(address, b_x):
-    tl.inline_asm_elementwise(STORE, "=r,r,r", [address, b_x], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def shared_add(address, b_x):
-    """Adds each element once if no thread holds another's copy: tiles of an element for each thread and more, reduced
-    over axes that lie within a thread. The tests count."""
-    tl.inline_asm_elementwise(ADD, "=r,r,r", [address, b_x], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def shared_load(address):
-    return tl.inline_asm_elementwise(LOAD, "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def wait_for_previous(PDL: tl.constexpr):
-    """Waits until the launch before this one has ended, then lets the next one begin to start.
+def wait_for_previous(PDL: tl.constexpr, NEXT: tl.constexpr = True):
+    """Waits until the launch before this one has ended, then lets the next one begin to start, if it may.
 
     With programmatic dependent launch (Hopper and later) the programs of a launch are on their multiprocessors before
     the one ahead of it has ended, so that only this wait is between them. What they read before it must be older than
     the launch ahead. Every program waits, also one without work: the launch after it relies on that.
+
+    Programs that start early take what room there is beside those ahead of them, and stay there. Many small ones must
+    not do so beside few large ones: they would crowd on the multiprocessors that have none.
     """
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
+        if NEXT:
+            gdc_launch_dependents()
 
 
 @triton.jit

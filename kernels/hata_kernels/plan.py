@@ -26,8 +26,8 @@ from hata_kernels.workspace import MIN_CHUNK, PIECE, DecodeWorkspace
 PPM = tl.constexpr(1_000_000)
 # A program of this kernel describes as many pieces as make such a matrix with the requests, and at least the fewest.
 MATRIX, FEWEST = 1024, 16
-# Blocks of a share that are enough for one program. Only where there are more is the work cut into more shares: each
-# costs the launches after it some time.
+# Blocks of a share that are enough for one program. Only where there are more is the work cut into more shares (if there
+# may be more): each costs the launches after it some time.
 FULL_SHARE_BLOCKS = 8
 
 
@@ -174,7 +174,7 @@ def plan_step(seq_lens: Tensor, req_rows: Tensor, workspace: DecodeWorkspace, bu
         )
     if B == 0:
         return
-    costs, grid = budget.costs, workspace.grid
+    costs, grid, shares = budget.costs, workspace.grid, workspace.grid.shares(B)
     n_shares, n_chunks = workspace.pieces(B)
     BB = workspace.batch_block(B)
     BI = max(FEWEST, MATRIX // BB)
@@ -198,11 +198,11 @@ def plan_step(seq_lens: Tensor, req_rows: Tensor, workspace: DecodeWorkspace, bu
         H=workspace.kv_heads,
         BB=BB,
         BI=BI,
-        FEW_SHARES=grid.few_shares,
-        MANY_SHARES=grid.many_shares,
-        FULL_SHARE=FULL_SHARE_BLOCKS * grid.share_block,
-        SHARE_BLOCK=grid.share_block,
-        MAX_SHARE=grid.max_share,
+        FEW_SHARES=shares.few,
+        MANY_SHARES=shares.many,
+        FULL_SHARE=FULL_SHARE_BLOCKS * shares.block,
+        SHARE_BLOCK=shares.block,
+        MAX_SHARE=shares.longest,
         CHUNKS=grid.chunks,
         CHUNK_BLOCK=MIN_CHUNK,
         PIECE=PIECE,

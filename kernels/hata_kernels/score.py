@@ -17,28 +17,27 @@ from torch import Tensor
 
 from hata_kernels.launch import (
     INTERPRETED,
-    SHARED_ARRAY,
     check_tensor,
     luck_of,
     luck_seed,
     luck_word,
     overlaps_launches,
     popcount,
-    shared_add,
-    shared_array,
-    shared_load,
-    shared_store,
     wait_for_previous,
 )
 from hata_kernels.reference import LUCK_TOKENS, OCTAVES_A_ROOT, SAMPLED
-from hata_kernels.workspace import PIECE, SCORE_WARPS, DecodeWorkspace
+from hata_kernels.workspace import PIECE, DecodeWorkspace
 
 # Consecutive tokens that a thread scores at a time: their ranks, a byte each, are one word, and so is their luck.
 TOKENS = LUCK_TOKENS
 # Words between the counts of two heads beyond their own: equal ranks of neighbouring heads lie in different banks.
 SKEW = 4
-# Batches from this size on have enough to read to load codes two tiles ahead; the others do with one.
-TWO_AHEAD_FROM = 4
+# Triton has no shared memory that a program can index. These four lines of PTX are such an array: its address, and
+# storing, adding to and loading its elements. They are side effects, so they stay in order with the barriers.
+SHARED_ARRAY = "{{ .shared .align 16 .b32 hata_array[{}]; mov.u32 $0, hata_array; }}"
+STORE = tl.constexpr("st.shared.b32 [$1], $2; mov.b32 $0, 0;")
+ADD = tl.constexpr("red.shared.add.u32 [$1], $2; mov.b32 $0, 0;")
+LOAD = tl.constexpr("ld.shared.b32 $0, [$1];")
 # `reference.octaves` divides a root by this.
 PARTS, PART = tl.constexpr(OCTAVES_A_ROOT**2), tl.constexpr(1 / OCTAVES_A_ROOT)
 
@@ -50,6 +49,29 @@ def opaque(x):
         return x
     else:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def shared_array(DECLARATION: tl.constexpr):
+    """Address of an array of int32 in shared memory; `SHARED_ARRAY` with its size is the declaration."""
+    return tl.inline_asm_elementwise(DECLARATION, "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def shared_store(address, b_x):
+    tl.inline_asm_elementwise(STORE, "=r,r,r", [address, b_x], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def shared_add(address, b_x):
+    """Adds each element once if no thread holds another's copy: tiles of an element for each thread and more, reduced
+    over axes that lie within a thread. The tests count."""
+    tl.inline_asm_elementwise(ADD, "=r,r,r", [address, b_x], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def shared_load(address):
+    return tl.inline_asm_elementwise(LOAD, "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -104,17 +126,16 @@ def score_kernel(
     SHARED: tl.constexpr,
     STRIDE: tl.constexpr,
     DRAWS: tl.constexpr,
-    TWO_AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A tile is [groups of tokens, TOKENS, W / WV, heads x WV words]. A thread has WV words of a head, 16 bytes where a
     code has as many, loaded at once, of every token of a group: sums over a code, and the ranks of a group, stay within
-    it, so threads never wait for one another. Codes are loaded a tile ahead, or two, and their slots one more."""
+    it, so threads never wait for one another. Codes are loaded two tiles ahead, and their slots three."""
     i_share = tl.program_id(0)
     i_hb = tl.program_id(1)
     i_b = tl.load(shares + i_share * PIECE).to(tl.int64)
     if i_b < 0:
-        wait_for_previous(PDL)
+        wait_for_previous(PDL, NEXT=False)
         return
     i_row = tl.load(shares + i_share * PIECE + 1).to(tl.int64)
     start = tl.multiple_of(tl.load(shares + i_share * PIECE + 2), 16)
@@ -131,11 +152,8 @@ def score_kernel(
     m_c = (o_column < H)[None, None, None, :]
     o_word = (tl.arange(0, W // WV) * WV)[None, None, :, None] + (o_column * W + o_c % WV)[None, None, None, :]
     b_code = load_codes(code_cache, load_slots(p_slot, o_t, end), o_word, m_c, H, HB, W)
-    b_slot = load_slots(p_slot, o_t + BT, end)
-    if TWO_AHEAD:
-        b_next = load_codes(code_cache, b_slot, o_word, m_c, H, HB, W)
-        b_slot = load_slots(p_slot, o_t + 2 * BT, end)
-    AHEAD: tl.constexpr = 2 if TWO_AHEAD else 1
+    b_next = load_codes(code_cache, load_slots(p_slot, o_t + BT, end), o_word, m_c, H, HB, W)
+    b_slot = load_slots(p_slot, o_t + 2 * BT, end)
 
     o_h = i_hb * HB + tl.arange(0, HB)
     m_h = o_h < H
@@ -148,7 +166,7 @@ def score_kernel(
         shared_store(p_shared + (tl.arange(0, HB)[:, None] * STRIDE + o_bin[None, :]) * 4, b_count)
         tl.debug_barrier()
 
-    wait_for_previous(PDL)
+    wait_for_previous(PDL, NEXT=False)
     p_plane = planes + i_b * (H * (1 + P) * W) + (o_word + (o_column * (P * W))[None, None, None, :])
     b_sign = tl.load(p_plane, mask=m_c, other=0)
     b_planes = ()  # type: tuple
@@ -173,7 +191,7 @@ def score_kernel(
     p_rank += opaque(tl.arange(0, BG) * WORDS)[None, :, None] + tl.arange(0, WORDS)[None, None, :]
     for i_t in tl.range(start, end, BT, num_stages=1):
         b_loaded = load_codes(code_cache, b_slot, o_word, m_c, H, HB, W)
-        b_slot = load_slots(p_slot, o_t + (1 + AHEAD) * BT, end)
+        b_slot = load_slots(p_slot, o_t + 3 * BT, end)
         b_differs = b_code ^ b_sign
         b_bits = popcount(b_differs & b_planes[0])
         for i_p in tl.static_range(1, P):
@@ -196,11 +214,8 @@ def score_kernel(
             b_count += tl.sum(tl.sum(b_one.to(tl.int32), axis=0), axis=0)
         else:
             shared_add(p_shared + (tl.arange(0, HB)[None, None, :] * STRIDE + b_rank) * 4, b_rank * 0 + 1)
-        if TWO_AHEAD:
-            b_code = b_next
-            b_next = b_loaded
-        else:
-            b_code = b_loaded
+        b_code = b_next
+        b_next = b_loaded
         o_t += BT
 
     if not INTERPRETED:
@@ -244,7 +259,7 @@ def score_and_count(
         raise ValueError(f"sink {sink} and recent {recent} must not be negative")
     if batch == 0:
         return
-    HB, bins = grid.head_block, workspace.bins
+    HB, bins, shares = grid.head_block, workspace.bins, grid.shares(batch)
     score_kernel[(workspace.pieces(batch)[0], triton.cdiv(H, HB))](
         workspace.planes,
         workspace.octaves,
@@ -264,15 +279,14 @@ def score_and_count(
         P=planes - 1,
         W=W,
         WV=min(W, 4),
-        BT=grid.share_block,
+        BT=shares.block,
         TOKENS=TOKENS,
         BINS=bins,
         PIECE=PIECE,
         SHARED=SHARED_ARRAY.format(HB * (bins + SKEW)),
         STRIDE=bins + SKEW,
         DRAWS=workspace.selection == SAMPLED,
-        TWO_AHEAD=batch >= TWO_AHEAD_FROM,
         PDL=overlaps_launches(device),
         launch_pdl=overlaps_launches(device),
-        num_warps=SCORE_WARPS,
+        num_warps=shares.warps,
     )

@@ -5,8 +5,8 @@ on it, the earliest, as many as are still wanted. Every program finds the thresh
 row, and adds up what earlier shares keep, so that none waits for a neighbour: two short loads take less time than a
 launch between.
 
-Few tokens are selected, and they lie anywhere. So a program marks all of its tokens, queues those that are marked in
-shared memory, and looks their slots up from there, as many at a time as it has lanes and more.
+Few tokens are selected, and they lie anywhere. So a program first writes the positions of its selected tokens where
+their slots will be, each by itself, and then replaces them, a warp's worth at a time.
 """
 # mypy: allow-untyped-defs
 
@@ -16,29 +16,22 @@ import triton.language as tl
 from torch import Tensor
 
 from hata_kernels.launch import (
-    INTERPRETED,
-    SHARED_ARRAY,
     check_tensor,
     luck_of,
     luck_seed,
     luck_word,
     overlaps_launches,
     popcount,
-    shared_array,
-    shared_load,
-    shared_store,
     wait_for_previous,
 )
 from hata_kernels.reference import SAMPLED
-from hata_kernels.workspace import PIECE, SLOT_BITS, DecodeWorkspace
+from hata_kernels.workspace import FEW_REQUESTS, PIECE, SLOT_BITS, DecodeWorkspace
 
 # Earlier shares whose counts are loaded at a time.
-EARLIER = 256
+EARLIER = 64
 # A program is one warp, whose barriers cost little. Each lane has COLUMNS consecutive ranks, usually 16 bytes; their
 # marks fill an int32: selected for sure in the low half, tied in the high half.
 LANES, COLUMNS = 32, 16
-# Selected tokens that are queued before their slots are looked up, 4 KiB a program, and how many are at a time.
-QUEUE, LOOKED_UP = 1024, 128
 BITS_OF_SLOT = tl.constexpr(SLOT_BITS)
 
 
@@ -73,7 +66,6 @@ def compact_share(
     kept,
     slot_table,
     slots,
-    queue,
     i_share,
     i_h,
     table_stride,
@@ -85,13 +77,12 @@ def compact_share(
     BE: tl.constexpr,
     BL: tl.constexpr,
     BC: tl.constexpr,
-    BQ: tl.constexpr,
-    QUEUE: tl.constexpr,
     PIECE: tl.constexpr,
     DRAWS: tl.constexpr,
+    NEXT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Little is done for each token: one mark. Then every lane walks over its marks, and queues them."""
+    """Little is done for each token: one mark. Then every lane walks over its marks."""
     p_share = shares + i_share * PIECE
     # A piece without work is of request -1, and has nothing between its start and its end.
     i_b = tl.maximum(tl.load(p_share), 0).to(tl.int64)
@@ -109,14 +100,14 @@ def compact_share(
     rounded = tl.multiple_of(tl.cdiv(end, 16) * 16, 16)
     o_t = start + o_lane[:, None] + o_c[None, :]
     seed = luck_seed(tl.load(p_share + 4), layer)
-    wait_for_previous(PDL)
+    wait_for_previous(PDL, NEXT)
     b_next = tl.load(p_rank + o_t, mask=o_t < rounded, other=BINS - 1)
     octave = tl.load(octaves + i_row)
     threshold, wanted, less, tie = cut(histogram, share_counts, i_row, i_first, i_share, i_h, k, H, BINS, BE)
     if DRAWS:
         # Times this, over 2^16, is division by an octave, exactly: no rank times an octave reaches 2^16.
         inverse = 65536 // tl.maximum(octave, 1) + 1
-    done = less + tl.minimum(tie, wanted)
+    first = less + tl.minimum(tie, wanted)
     for i_t in range(start, end, BL * BC):
         b_rank = b_next.to(tl.int32)
         o_t = i_t + BL * BC + o_lane[:, None] + o_c[None, :]
@@ -139,32 +130,22 @@ def compact_share(
             m_tie = (b_lowest != 0) & ~m_less
             m_out = m_less | (m_tie & (b_tie < wanted))
             o_token = i_t + o_lane + popcount(b_lowest - 1)
-            o_queue = b_less + tl.minimum(b_tie, wanted) - done
-            if INTERPRETED:
-                tl.store(p_out + done + o_queue, o_token, mask=m_out)
-            else:  # the last element is for what is not selected
-                shared_store(queue + tl.where(m_out, o_queue, QUEUE) * 4, o_token)
+            tl.store(p_out + b_less + tl.minimum(b_tie, wanted), o_token, mask=m_out)
             b_less += m_less.to(tl.int32)
             b_tie += m_tie.to(tl.int32)
-        queued = less + tl.minimum(tie, wanted) - done
-        if (queued > QUEUE - BL * BC) | (i_t + BL * BC >= end):
-            tl.debug_barrier()
-            for i_q in range(0, queued, BQ):
-                o_queue = i_q + tl.arange(0, BQ)
-                m_out = o_queue < queued
-                if INTERPRETED:
-                    o_token = tl.load(p_out + done + o_queue, mask=m_out, other=0)
-                else:
-                    o_token = tl.where(m_out, shared_load(queue + tl.minimum(o_queue, QUEUE) * 4), 0)
-                b_slot = tl.load(p_table + o_token, mask=m_out, other=0)
-                if DRAWS:
-                    b_drawn = tl.load(p_rank + o_token, mask=m_out, other=0).to(tl.int32)
-                    b_luck = luck_of(luck_word(o_token >> 2, seed), o_token)
-                    b_double = tl.maximum(b_luck - ((threshold - b_drawn) * inverse >> 16), 0)
-                    b_slot |= tl.where(b_drawn > 1, b_double, 0) << BITS_OF_SLOT
-                tl.store(p_out + done + o_queue, b_slot, mask=m_out)
-            tl.debug_barrier()
-            done += queued
+    tl.debug_barrier()
+    last = less + tl.minimum(tie, wanted)
+    for i_out in range(first, last, BL):
+        o_out = i_out + tl.arange(0, BL)
+        m_out = o_out < last
+        o_token = tl.load(p_out + o_out, mask=m_out, other=0)
+        b_slot = tl.load(p_table + o_token, mask=m_out, other=0)
+        if DRAWS:
+            b_drawn = tl.load(p_rank + o_token, mask=m_out, other=0).to(tl.int32)
+            b_luck = luck_of(luck_word(o_token >> 2, seed), o_token)
+            b_double = tl.maximum(b_luck - ((threshold - b_drawn) * inverse >> 16), 0)
+            b_slot |= tl.where(b_drawn > 1, b_double, 0) << BITS_OF_SLOT
+        tl.store(p_out + o_out, b_slot, mask=m_out)
 
 
 @triton.jit(do_not_specialize=["n_shares", "layer"])
@@ -188,15 +169,12 @@ def compact_kernel(
     BE: tl.constexpr,
     BL: tl.constexpr,
     BC: tl.constexpr,
-    BQ: tl.constexpr,
-    QUEUE: tl.constexpr,
-    SHARED: tl.constexpr,
     PIECE: tl.constexpr,
     DRAWS: tl.constexpr,
+    NEXT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     i_h = tl.program_id(0) % H
-    queue = 0 if INTERPRETED else shared_array(SHARED)
     for i_share in range(tl.program_id(0) // H, n_shares, STRIDE):
         compact_share(
             ranks,
@@ -207,7 +185,6 @@ def compact_kernel(
             kept,
             slot_table,
             slots,
-            queue,
             i_share,
             i_h,
             table_stride,
@@ -219,10 +196,9 @@ def compact_kernel(
             BE,
             BL,
             BC,
-            BQ,
-            QUEUE,
             PIECE,
             DRAWS,
+            NEXT,
             PDL,
         )
 
@@ -267,11 +243,9 @@ def select_slots(slot_table: Tensor, workspace: DecodeWorkspace, batch: int, lay
         BE=EARLIER,
         BL=LANES,
         BC=COLUMNS,
-        BQ=LOOKED_UP,
-        QUEUE=QUEUE,
-        SHARED=SHARED_ARRAY.format(QUEUE + 1),
         PIECE=PIECE,
         DRAWS=workspace.selection == SAMPLED,
+        NEXT=batch > FEW_REQUESTS,  # attention fares better on free multiprocessors if it has few programs
         PDL=overlap,
         launch_pdl=overlap,
         num_warps=1,

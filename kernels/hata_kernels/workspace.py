@@ -22,13 +22,16 @@ MIN_CHUNK = 64
 # Programs of the score kernel for every multiprocessor, where there is little to do and where there is much, and of the
 # attention kernel. A multiprocessor has room for more, but those that find no work cost the others time.
 FEW_SHARES, MANY_SHARES, CHUNKS = 1, 2, 2
+# Batches up to this size have few tokens to score: a program a multiprocessor does, with more warps.
+FEW_REQUESTS = 3
 # Warps of the compaction, each a program, for every multiprocessor, which has room for 32.
 COMPACT_PROGRAMS = 30
 # A selected slot holds in its upper bits how often it is doubled (`reference.doublings`).
 SLOT_BITS = 27
-# Warps of a score program, and code words that it holds at a time: 16 registers for each thread.
-SCORE_WARPS = 8
-TILE_WORDS = SCORE_WARPS * 32 * 16
+# Warps of a score program, for few requests and for more, and code words that a warp holds at a time: 16 registers for
+# each thread.
+SCORE_WARPS, FEWER_WARPS = 16, 8
+TILE_WORDS = 32 * 16
 # Bytes of shared memory for the score kernel's histogram. With what Triton takes for tiles it must stay below 48 KiB,
 # the most that a launch gets unasked: Triton asks for what it takes itself, and knows nothing of this.
 HISTOGRAM_BYTES = 8 * 1024
@@ -37,22 +40,39 @@ SMALL_BATCH = 16
 
 
 @dataclass(frozen=True)
+class Shares:
+    """How the score kernel's work is cut for a batch.
+
+    Attributes:
+        few, many: programs, where there is little to do and where there is much.
+        warps: of a program.
+        block: tokens that it reads at a time; a share is a multiple of it.
+        longest: the most tokens of a share.
+    """
+
+    few: int
+    many: int
+    warps: int
+    block: int
+
+    @property
+    def longest(self) -> int:
+        return MAX_SHARE // self.block * self.block
+
+
+@dataclass(frozen=True)
 class Grid:
     """How many programs each kernel has, and how small a piece of work may be; from the sizes of the buffers alone.
 
     Attributes:
-        few_shares, many_shares: programs of the score kernel, where there is little to do and where there is much.
-        share_block: tokens that one reads at a time; a share is a multiple of it.
-        max_share: the most tokens of a share.
-        head_block: KV heads that one works on, a power of two.
+        few_requests, more_requests: the score kernel's, for batches up to FEW_REQUESTS and for larger ones.
+        head_block: KV heads that a program of it works on, a power of two.
         chunks: programs of the attention kernel.
         compact: programs of the compaction for each KV head.
     """
 
-    few_shares: int
-    many_shares: int
-    share_block: int
-    max_share: int
+    few_requests: Shares
+    more_requests: Shares
     head_block: int
     chunks: int
     compact: int
@@ -62,23 +82,29 @@ class Grid:
         n = multiprocessors(device)
         heads = triton.next_power_of_2(kv_heads)
         head_block = min(heads, HISTOGRAM_BYTES // (4 * bins))
-        share_block = max(16, TILE_WORDS // (head_block * min(words, 4)))
         compact = max(COMPACT_PROGRAMS * n // kv_heads, 1)
+        few = FEW_SHARES * n
+        # No more than the compaction has programs for at once, if that does not leave the score kernel too few.
+        many = max(few, min(MANY_SHARES * n, compact))
+
+        def block(warps: int) -> int:
+            return max(16, warps * TILE_WORDS // (head_block * min(words, 4)))
+
         return cls(
-            few_shares=FEW_SHARES * n,
-            # No more than the compaction has programs for at once, if that does not leave the score kernel too few.
-            many_shares=max(FEW_SHARES * n, min(MANY_SHARES * n, compact)),
-            share_block=share_block,
-            max_share=MAX_SHARE // share_block * share_block,
+            few_requests=Shares(few, few, SCORE_WARPS, block(SCORE_WARPS)),
+            more_requests=Shares(few, many, FEWER_WARPS, block(FEWER_WARPS)),
             head_block=head_block,
             chunks=CHUNKS * n,
             compact=compact,
         )
 
+    def shares(self, batch: int) -> Shares:
+        return self.few_requests if batch <= FEW_REQUESTS else self.more_requests
+
     def pieces(self, kv_heads: int, batch: int, tokens: int) -> tuple[int, int]:
         """The most shares and chunks that `plan.plan_kernel` cuts a batch of so many requests and tokens into."""
-        shares = max(self.many_shares, self.few_shares + batch) + tokens // self.max_share
-        return shares, -(-self.chunks // kv_heads) + batch
+        cut = self.shares(batch)
+        return max(cut.many, cut.few + batch) + tokens // cut.longest, -(-self.chunks // kv_heads) + batch
 
 
 @dataclass(frozen=True)
@@ -158,7 +184,8 @@ class DecodeWorkspace:
         rows = max_batch * kv_heads
         shares, chunks = grid.pieces(kv_heads, max_batch, max_batch * max_context)
         # Whole blocks are written and read, beyond the last token too.
-        stride = -(-max_context // grid.share_block) * grid.share_block
+        block = max(grid.few_requests.block, grid.more_requests.block)
+        stride = -(-max_context // block) * block
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
