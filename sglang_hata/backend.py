@@ -21,6 +21,7 @@ from sglang_hata import compat
 from sglang_hata.code_cache import PADDING_SLOT
 from sglang_hata.config import HataError
 from sglang_hata.decoders import Decoder, KernelDecoder, SpecifiedDecoder, Step
+from sglang_hata.projections import untrained_layers
 from sglang_hata.verify import wrong_selections
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class HataBackend(AttentionBackend):
             )
         self.state = self.pool.state
         self.config = self.state.config
+        self.untrained = untrained_layers(self.config, runner.model_config)
         self.slot_table = runner.req_to_token_pool.req_to_token
         self.layers = self.pool.layer_num
         kernels = self.slot_table.is_cuda or INTERPRETED.value
@@ -73,6 +75,8 @@ class HataBackend(AttentionBackend):
         kv_bytes = sum(self.pool.get_kv_size_bytes()) - codes.size_bytes()
         share = 100 * codes.size_bytes() / kv_bytes
         source = "an untrained rotation" if config.weights == "none" else config.weights
+        if config.weights != "none" and self.untrained:
+            source += f" (layers before {self.untrained.stop}: an untrained rotation)"
         costs = self.budget.costs
         above = f"contexts above {max(self.budget.min_context, self.budget.tokens, self.budget.floor)} tokens"
         if costs is not None:

@@ -131,7 +131,7 @@ class HataConfig:
     scoring: str = "hamming"
     selection: str = "sampled"
     weights: str = "none"
-    dense_layers: int = 1
+    dense_layers: int = 0
     sink: int = 4
     recent: int = 16
     min_context: int | None = None

@@ -42,7 +42,7 @@ def resolve(config: HataConfig, model: Any) -> HataConfig:
     """
     if config.weights == AUTO:
         shape = model.num_hidden_layers, model.get_total_num_kv_heads(), model.head_dim
-        fitting = shipped.of_shape(*shape, config.dense_layers)
+        fitting = shipped.of_shape(*shape)
         # Hashing a large model's weights takes seconds: only where something may come of it.
         fingerprint = model_fingerprint(model) if fitting else None
         found = shipped.find(fingerprint, config.bits, fitting)
@@ -119,22 +119,27 @@ def rank_projections(config: HataConfig, model: Any, rank: int, size: int, devic
     Raises:
         HataError: the weights folder does not fit the model.
     """
-    layers, total, head_dim = model.num_hidden_layers, model.get_total_num_kv_heads(), model.head_dim
-    heads = rank_kv_heads(total, rank, size)
-    if config.weights == "none":
+    check_identity(config, model)
+    heads = rank_kv_heads(model.get_total_num_kv_heads(), rank, size)
+    trained: dict[int, Tensor] = {}
+    if config.weights != "none":
+        try:
+            _, trained = artifact.load(Path(config.weights))
+        except artifact.ArtifactError as error:
+            raise HataError(str(error)) from None
+    projections = {layer: w[:, heads] for layer, w in trained.items() if layer >= config.dense_layers}
+    if untrained := untrained_layers(config, model):
         folder = model_folder(model)
         common = folder_common_keys(folder) if folder else {}
-        rotations = {
-            layer: untrained_projection(layer, heads, head_dim, config.bits, common.get(layer))
-            for layer in range(config.dense_layers, layers)
-        }
-        return {layer: w.to(device) for layer, w in rotations.items()}
-    check_identity(config, model)
-    try:
-        _, projections = artifact.load(Path(config.weights))
-    except artifact.ArtifactError as error:
-        raise HataError(str(error)) from None
-    return {layer: w[:, heads].to(device) for layer, w in projections.items() if layer >= config.dense_layers}
+        for layer in untrained:
+            projections[layer] = untrained_projection(layer, heads, model.head_dim, bits_of(config), common.get(layer))
+    return {layer: projections[layer].to(device) for layer in sorted(projections)}
+
+
+def untrained_layers(config: HataConfig, model: Any) -> range:
+    """The layers that HATA serves by untrained codes: all, or those before the first that the weights are for."""
+    end = model.num_hidden_layers if config.weights == "none" else read_identity(config).dense_layers
+    return range(config.dense_layers, end)
 
 
 def check_identity(config: HataConfig, model: Any) -> None:
@@ -153,11 +158,6 @@ def check_identity(config: HataConfig, model: Any) -> None:
                 f"The hash weights in {config.weights} are for {identity.model} with {name} {getattr(identity, name)}, "
                 f"but {model.model_path} has {value}: give weights for this model, or --hata-weights none."
             )
-    if identity.dense_layers > config.dense_layers:
-        raise HataError(
-            f"The hash weights in {config.weights} begin at layer {identity.dense_layers}: give "
-            f"--hata-dense-layers {identity.dense_layers} or more."
-        )
 
 
 def check_fingerprint(config: HataConfig, model: Any) -> None:

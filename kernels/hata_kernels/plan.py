@@ -26,8 +26,8 @@ from hata_kernels.workspace import MIN_CHUNK, PIECE, DecodeWorkspace
 PPM = tl.constexpr(1_000_000)
 # A program of this kernel describes as many pieces as make such a matrix with the requests, and at least the fewest.
 MATRIX, FEWEST = 1024, 16
-# Blocks of a share that are enough for one program. Only where there are more is the work cut into more shares (if there
-# may be more): each costs the launches after it some time.
+# Blocks of a share that are enough for one program. Only where there are more is the work cut into more shares, up to
+# `Shares.many`: each costs the launches after it some time.
 FULL_SHARE_BLOCKS = 8
 
 

@@ -26,7 +26,7 @@ from hata_weights.rotation import random_rotation, untrained_projection
 from sglang_hata import compat
 from sglang_hata.code_cache import CodeCache
 from sglang_hata.config import SCORINGS, HataConfig, HataError
-from sglang_hata.projections import bits_of, check_identity, rank_kv_heads, rank_projections
+from sglang_hata.projections import bits_of, check_identity, rank_kv_heads, rank_projections, untrained_layers
 from sglang_hata.state import ServingState
 from sglang_hata.verify import wrong_selections
 
@@ -89,7 +89,7 @@ def test_cost_of_codes(cache: CodeCache) -> None:
 def test_the_kv_pool_is_sized_with_its_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "tensor_parallel", lambda: (0, 2))
     model = SimpleNamespace(get_num_kv_heads=lambda ranks: 8 // ranks)
-    with_hata = SimpleNamespace(**{compat.STAMP: HataConfig().to_dict() | {"command_line": True}})
+    with_hata = SimpleNamespace(**{compat.STAMP: HataConfig(dense_layers=1).to_dict() | {"command_line": True}})
     kvc = SimpleNamespace(server_args=with_hata, model_config=model)
     assert compat._add_code_bytes(1000, None, kvc, 32) == 1000 + 31 * 4 * 16
     kvc.server_args = SimpleNamespace()
@@ -174,7 +174,9 @@ def test_counters_count_dense_layers_in_full() -> None:
 
 class TestWeightsFolder:
     identity = artifact.Identity("tiny", layers=4, dense_layers=1, kv_heads=2, head_dim=64, bits=256, tool="test")
-    model = SimpleNamespace(num_hidden_layers=4, head_dim=64, get_total_num_kv_heads=lambda: 2, model_path="some/model")
+    model = SimpleNamespace(
+        num_hidden_layers=4, head_dim=64, get_total_num_kv_heads=lambda: 2, model_path="some/model", revision=None
+    )
 
     @pytest.fixture
     def projections(self) -> dict[int, torch.Tensor]:
@@ -189,6 +191,11 @@ class TestWeightsFolder:
         config = HataConfig(weights=str(tmp_path), dense_layers=2)
         served = rank_projections(config, self.model, 1, 2, "cpu")
         assert sorted(served) == [2, 3] and torch.equal(served[2], projections[2][:, 1:])
+        config = HataConfig(weights=str(tmp_path))
+        served = rank_projections(config, self.model, 1, 2, "cpu")
+        assert sorted(served) == [0, 1, 2, 3] and torch.equal(served[1], projections[1][:, 1:])
+        assert torch.equal(served[0], untrained_projection(0, [1], 64, 256))
+        assert list(untrained_layers(config, self.model)) == [0]
 
     @pytest.mark.parametrize(
         ("change", "sentence"),

@@ -15,7 +15,7 @@ from sglang_hata.cpu import gpu_present
 from texts import section
 
 PROGRAM = Path(__file__).with_name("kernels_program.py")
-LAYERS, DENSE_LAYERS, KV_HEADS, TOKENS = 30, 1, 3, 3
+LAYERS, KV_HEADS, TOKENS = 30, 3, 3
 
 
 @pytest.mark.server
@@ -34,7 +34,7 @@ def test_kernels_serve_and_choose_as_specified(model: Path) -> None:
     seen, kept = sum(lengths), sum(rule.of(length) for length in lengths)
     assert kept < seen / 2
     assert state["tokens_seen"] == KV_HEADS * LAYERS * seen
-    assert state["tokens_attended"] == KV_HEADS * (DENSE_LAYERS * seen + (LAYERS - DENSE_LAYERS) * kept)
-    assert state["selections_checked"] == KV_HEADS * (LAYERS - DENSE_LAYERS) * len(lengths)
+    assert state["tokens_attended"] == KV_HEADS * LAYERS * kept
+    assert state["selections_checked"] == KV_HEADS * LAYERS * len(lengths)
     assert state["selections_wrong"] == 0
     assert state["stale_codes"] == 0

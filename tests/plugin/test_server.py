@@ -26,7 +26,6 @@ from texts import PROMPTS, section
 pytestmark = pytest.mark.server
 
 LAYERS, KV_HEADS = 30, 3  # SmolLM2-135M
-DENSE = 1  # of its layers, by default
 # Checks between the launches of a step need eager steps.
 VERIFY = ["--hata-verify", "--disable-cuda-graph"] if gpu_present() else ["--hata-verify"]
 # SGLang 0.5.16 allocates pages of more than one token with a kernel that a CPU does not have.
@@ -36,14 +35,14 @@ PAGES = [] if version("sglang") == "0.5.16" and not gpu_present() else ["--page-
 def test_with_the_whole_context_as_budget_the_text_is_dense(
     model: Path, dense_answers: list[Any], tmp_path: Path
 ) -> None:
-    """Also: a folder of weights, 256 bits, no dense layer and pages of 16 tokens."""
+    """Also: a folder of weights, 256 bits, a dense layer and pages of 16 tokens."""
     identity = artifact.Identity(str(model), LAYERS, 0, KV_HEADS, head_dim=64, bits=256, tool="tests")
     # Of another layer each, and for queries another one than for keys.
     rotations = [untrained_projection(i, range(KV_HEADS), 64, 256)[0] for i in range(LAYERS + 2)]
     weights = {i: torch.stack([rotations[i + 1], rotations[i + 2]]) for i in range(LAYERS)}
     artifact.save(tmp_path, identity, weights)
     flags = ["--hata", "--hata-budget", "100%", "--hata-min-context", "0", *PAGES]
-    flags += ["--hata-weights", str(tmp_path), "--hata-dense-layers", "0"]
+    flags += ["--hata-weights", str(tmp_path), "--hata-dense-layers", "1"]
     # --hata-verify selects also where every token is kept, so this runs the whole sparse path.
     with serving(model, *flags, *VERIFY) as server:
         lengths = []
@@ -56,7 +55,7 @@ def test_with_the_whole_context_as_budget_the_text_is_dense(
         state = server.hata()
         assert state["weights"] == str(tmp_path) and state["bits"] == 256
         assert state["tokens_attended"] == state["tokens_seen"]
-        assert state["selections_checked"] > len(PROMPTS) * (NEW_TOKENS - 1) * LAYERS * KV_HEADS
+        assert state["selections_checked"] > len(PROMPTS) * (NEW_TOKENS - 1) * (LAYERS - 1) * KV_HEADS
         assert state["selections_wrong"] == 0 and state["stale_codes"] == 0
 
 
@@ -102,12 +101,12 @@ def test_server_info_says_what_is_active(small: Server) -> None:
     assert {name: state[name] for name in ("budget", "bits", "dense_layers", "sink", "recent", "min_context")} == {
         "budget": "128",
         "bits": 128,
-        "dense_layers": DENSE,
+        "dense_layers": 0,
         "sink": 4,
         "recent": 16,
         "min_context": 256,
     }
-    assert state["bytes_per_token"] == (LAYERS - DENSE) * KV_HEADS * 16
+    assert state["bytes_per_token"] == LAYERS * KV_HEADS * 16
     lines = [line for line in small.log.read_text().splitlines() if "HATA is active" in line]
     assert len(lines) == 1 and f"{state['bytes_per_token']} bytes a token" in lines[0]
 
@@ -124,8 +123,8 @@ def test_a_small_budget_reads_less_and_a_shared_prefix_is_not_hashed_again(small
         steps = range(meta["prompt_tokens"] + 1, meta["prompt_tokens"] + NEW_TOKENS)
         seen, kept = sum(steps), sum(rule.of(length) for length in steps)
         assert more["tokens_seen"] == KV_HEADS * LAYERS * seen
-        assert more["tokens_attended"] == KV_HEADS * (DENSE * seen + (LAYERS - DENSE) * kept)
-        assert more["selections_checked"] == len(steps) * (LAYERS - DENSE) * KV_HEADS
+        assert more["tokens_attended"] == KV_HEADS * LAYERS * kept
+        assert more["selections_checked"] == len(steps) * LAYERS * KV_HEADS
         assert more["keys_hashed"] == meta["prompt_tokens"] - meta["cached_tokens"] + len(steps)
         share = more["tokens_attended"] / more["tokens_seen"]
         print(f"question {number}: {meta['cached_tokens']} of {meta['prompt_tokens']} prompt tokens cached, ", end="")

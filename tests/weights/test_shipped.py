@@ -68,7 +68,7 @@ def test_without_shipped_weights_codes_are_untrained_and_the_log_says_so(
     check_fingerprint(config, served)
 
 
-def test_weights_that_do_not_reach_the_first_sparse_layer_are_not_taken(
+def test_only_for_a_shape_that_weights_ship_for_is_a_model_hashed(
     data: Path, served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def hashes(folder: Path) -> str:
@@ -76,7 +76,6 @@ def test_weights_that_do_not_reach_the_first_sparse_layer_are_not_taken(
 
     assert resolve(HataConfig(weights="auto", scoring="auto"), served).weights != "none"
     monkeypatch.setattr("sglang_hata.projections.folder_fingerprint", hashes)
-    assert resolve(HataConfig(weights="auto", scoring="auto", dense_layers=0), served).weights == "none"
     served.head_dim *= 2
     assert resolve(HataConfig(weights="auto", scoring="auto"), served).weights == "none"
 

@@ -66,7 +66,6 @@ def masses(compared: list[Method], offset: float = 4) -> dict[str, float]:
 def test_the_defaults_are_those_of_a_server() -> None:
     config = HataConfig()
     assert (Recipe.sink, Recipe.recent) == (cli.SINK, cli.RECENT) == (config.sink, config.recent)
-    assert config.dense_layers == cli.DENSE_LAYERS
 
 
 def test_training_beats_random_rotations(trained: tuple[str, Tensor]) -> None:

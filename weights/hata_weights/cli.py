@@ -107,7 +107,7 @@ def main() -> None:
     type=click.IntRange(min=0),
     default=DENSE_LAYERS,
     show_default=True,
-    help="First layers left out.",
+    help="First layers left out: a server gives them untrained codes.",
 )
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run in --out.")
 @device_option

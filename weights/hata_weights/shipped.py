@@ -26,10 +26,7 @@ def find(fingerprint: str | None, bits: int, among: dict[Path, Identity] | None 
     return next(fitting, None)
 
 
-def of_shape(layers: int, kv_heads: int, head_dim: int, dense_layers: int) -> dict[Path, Identity]:
-    """The folders for models of this shape that have weights for all but the first ``dense_layers`` layers."""
-    return {
-        path: of
-        for path, of in shipped().items()
-        if (of.layers, of.kv_heads, of.head_dim) == (layers, kv_heads, head_dim) and of.dense_layers <= dense_layers
-    }
+def of_shape(layers: int, kv_heads: int, head_dim: int) -> dict[Path, Identity]:
+    """The folders for models of this shape."""
+    shape = layers, kv_heads, head_dim
+    return {path: of for path, of in shipped().items() if (of.layers, of.kv_heads, of.head_dim) == shape}
