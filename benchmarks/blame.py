@@ -1,7 +1,8 @@
 """What changes answers: the choice of tokens, its budget, or a layer. No server, no kernels: the specification chooses.
 
     python -m benchmarks.blame MODEL --weights DIR                      # kinds of choices, side by side
-    python -m benchmarks.blame MODEL --weights DIR --each-layer         # and each layer alone, all others dense
+    python -m benchmarks.blame MODEL --weights DIR --alone all          # and each layer alone, all others dense
+    python -m benchmarks.blame MODEL --weights DIR --alone 0,1          # or only these
     python -m benchmarks.blame MODEL --weights DIR --budgets 64,32,16,8 # and at several budgets
 
 A server that errs in one token goes on from there, so its answers say that something went wrong, but hardly what. Here
@@ -37,6 +38,8 @@ from benchmarks.quality.tasks import TASKS, Document, prose
 from hata_kernels import reference
 from hata_kernels.reference import KEYS, QUERIES, SAMPLED, TOP, Budget
 from hata_weights import artifact
+from hata_weights.biases import folder_common_keys
+from hata_weights.rotation import untrained_projection
 from sglang_hata.config import HataConfig
 
 ATTENTION = "hata_blame"
@@ -67,6 +70,13 @@ class Model:
         self.net = net.to(self.device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, model_max_length=10**9)
         self.identity, self.projections = artifact.load(self.weights)
+        # As a server does: layers that the weights leave out have untrained codes.
+        identity, common = self.identity, folder_common_keys(Path(self.folder))
+        for layer in range(DENSE_LAYERS, identity.dense_layers):
+            heads = range(identity.kv_heads)
+            self.projections[layer] = untrained_projection(
+                layer, heads, identity.head_dim, identity.bits, common.get(layer)
+            )
 
     @cached_property
     def prompts(self) -> Prompts:
@@ -203,17 +213,19 @@ def main() -> None:
     parser.add_argument("--budgets", default="32", metavar="N,...", help="one token in N (default: 32)")
     parser.add_argument("--documents", type=int, default=2, help="documents a task (default: 2)")
     parser.add_argument("--questions", type=int, default=4, help="questions a document (default: 4)")
-    parser.add_argument("--each-layer", action="store_true", help="also sample in one layer at a time")
+    parser.add_argument("--alone", metavar="N,...", help="also sample in one layer at a time: in these, or all")
     args = parser.parse_args()
     report = header("blame")
     model = Model(args.model, args.weights)
     layers = range(DENSE_LAYERS, model.net.config.num_hidden_layers)
+    alone = layers if args.alone == "all" else [int(layer) for layer in (args.alone or "").split(",") if layer]
+    if not set(alone) <= set(layers):
+        raise SystemExit(f"--alone {args.alone}: HATA serves layers {layers[0]} to {layers[-1]} of this model.")
     choices: dict[Any, tuple[str, Container[int], Budget]] = {}
     for part in map(int, args.budgets.split(",")):
         budget = Budget(share_ppm=1_000_000 // part, floor=SINK + RECENT)
         choices |= {(part, kind, "all"): (kind, layers, budget) for kind in KINDS}
-        if args.each_layer:
-            choices |= {(part, "sampled", layer): ("sampled", (layer,), budget) for layer in layers}
+        choices |= {(part, "sampled", layer): ("sampled", (layer,), budget) for layer in alone}
     plan = Plan(args.documents, args.questions, 0, prose(), True, 1, None)
     path = RESULTS / f"blame-{Path(args.model).resolve().name.lower()}.json"
     print("task                budget  choice     layer  divergence  other tokens  same answers")

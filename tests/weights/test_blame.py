@@ -17,7 +17,7 @@ BITS = 64
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    """Untrained ones, in a folder."""
+    """Untrained ones, in a folder; the first layer is left out of it."""
     identity = artifact.Identity("tiny", LAYERS, 1, KV_HEADS, head_dim=HEAD_DIM, bits=BITS, tool="tests")
     projection = {i: untrained_projection(i, range(KV_HEADS), HEAD_DIM, BITS) for i in range(1, LAYERS)}
     artifact.save(tmp_path / "codes", identity, projection)
@@ -28,12 +28,12 @@ def test_answers_are_read_by_every_choice_at_every_budget(
     tiny: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blame, "RESULTS", tmp_path)
-    asked = "--tasks frequent_words --context 1000 --budgets 1,8 --documents 1 --questions 2 --each-layer"
+    asked = "--tasks frequent_words --context 1000 --budgets 1,8 --documents 1 --questions 2 --alone all"
     monkeypatch.setattr("sys.argv", ["blame", str(tiny), "--weights", str(weights), *asked.split()])
     blame.main()
     (path,) = tmp_path.glob("blame-*.json")
     rows = {(row["budget"], row["choice"], row["layer"]): row for row in json.loads(path.read_text())["rows"]}
-    choices = [(kind, "all") for kind in blame.KINDS] + [("sampled", layer) for layer in range(1, LAYERS)]
+    choices = [(kind, "all") for kind in blame.KINDS] + [("sampled", layer) for layer in range(LAYERS)]
     assert rows.keys() == {(budget, *choice) for budget in ("1/1", "1/8") for choice in choices}
     for choice in choices:
         whole, part = rows["1/1", *choice], rows["1/8", *choice]
