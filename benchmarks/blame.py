@@ -38,8 +38,7 @@ from benchmarks.quality.tasks import TASKS, Document, prose
 from hata_kernels import reference
 from hata_kernels.reference import KEYS, QUERIES, SAMPLED, TOP, Budget
 from hata_weights import artifact
-from hata_weights.biases import folder_common_keys
-from hata_weights.rotation import untrained_projection
+from hata_weights.biases import untrained_projections
 from sglang_hata.config import HataConfig
 
 ATTENTION = "hata_blame"
@@ -71,12 +70,8 @@ class Model:
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, model_max_length=10**9)
         self.identity, self.projections = artifact.load(self.weights)
         # As a server does: layers that the weights leave out have untrained codes.
-        identity, common = self.identity, folder_common_keys(Path(self.folder))
-        for layer in range(DENSE_LAYERS, identity.dense_layers):
-            heads = range(identity.kv_heads)
-            self.projections[layer] = untrained_projection(
-                layer, heads, identity.head_dim, identity.bits, common.get(layer)
-            )
+        of, missing = self.identity, range(DENSE_LAYERS, self.identity.dense_layers)
+        self.projections |= untrained_projections(Path(self.folder), missing, range(of.kv_heads), of.head_dim, of.bits)
 
     @cached_property
     def prompts(self) -> Prompts:

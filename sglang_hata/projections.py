@@ -11,9 +11,8 @@ from torch import Tensor
 
 from hata_kernels.reference import HAMMING
 from hata_weights import artifact, shipped
-from hata_weights.biases import folder_common_keys
+from hata_weights.biases import untrained_projections
 from hata_weights.fingerprint import folder_fingerprint
-from hata_weights.rotation import untrained_projection
 from sglang_hata.config import AUTO, HataConfig, HataError
 
 logger = logging.getLogger(__name__)
@@ -129,10 +128,7 @@ def rank_projections(config: HataConfig, model: Any, rank: int, size: int, devic
             raise HataError(str(error)) from None
     projections = {layer: w[:, heads] for layer, w in trained.items() if layer >= config.dense_layers}
     if untrained := untrained_layers(config, model):
-        folder = model_folder(model)
-        common = folder_common_keys(folder) if folder else {}
-        for layer in untrained:
-            projections[layer] = untrained_projection(layer, heads, model.head_dim, bits_of(config), common.get(layer))
+        projections |= untrained_projections(model_folder(model), untrained, heads, model.head_dim, bits_of(config))
     return {layer: projections[layer].to(device) for layer in sorted(projections)}
 
 

@@ -7,6 +7,7 @@ of an untrained code: nearly all keys get the same one.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hata_weights.fingerprint import Parameters, parts, read_folder, rope
+from hata_weights.rotation import untrained_projection
 
 BIAS = re.compile(r"layers\.(\d+)\.\w+\.k_proj\.bias")
 NORM = re.compile(r"layers\.\d+\.\w+\.(?:k_norm|k_layernorm)\.\w+")
@@ -54,3 +56,15 @@ def mean_over_positions(rows: Tensor, settings: dict[str, Any]) -> Tensor:
 def folder_common_keys(folder: Path) -> dict[int, Tensor]:
     """`common_keys` of a Hugging Face folder; nothing if its files cannot be read."""
     return read_folder(folder, common_keys) or {}
+
+
+def untrained_projections(
+    folder: Path | None, layers: Sequence[int], kv_heads: Sequence[int], head_dim: int, bits: int
+) -> dict[int, Tensor]:
+    """`untrained_projection` of some layers, without what the model's keys have in common.
+
+    Args:
+        folder: of the model, in Hugging Face's format; None if it is not on this disk.
+    """
+    common = folder_common_keys(folder) if folder and layers else {}
+    return {layer: untrained_projection(layer, kv_heads, head_dim, bits, common.get(layer)) for layer in layers}
