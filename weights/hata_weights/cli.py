@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TOKENS = 8192
 DEFAULT_SEQUENCES = 4
-SINK, RECENT, DENSE_LAYERS = 4, 16, 1  # a server's defaults, the first two `train.Recipe`'s too
+SINK, RECENT, DENSE_LAYERS = 4, 16, 1  # sinks and recent tokens are a server's defaults
 MOST = 4096  # tokens of which a budget may take one
 PATHS = ("--text", "--test", "--hashattention")
 
