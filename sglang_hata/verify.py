@@ -42,8 +42,8 @@ def wrong_selections(
             differs = keys[:, head] != (preferred[head] > 0)
             distance = np.minimum((differs * np.abs(preferred[head])).sum(axis=1), farthest)
             if layer is not None and k < length:
-                octave = max(1, int(np.sqrt(np.square(preferred[head], dtype=np.int64).sum()) / 5 + 0.5))
-                distance = np.maximum(distance - octave * _luck(length, layer), 0)
+                sixteenths = max(16, int(np.sqrt(np.square(preferred[head], dtype=np.int64).sum()) * 16 / 5 + 0.5))
+                distance = np.maximum(distance - (sixteenths * _luck(length, layer) + 8) // 16, 0)
             others = np.setdiff1d(chosen, forced)
             best = np.sort(distance[free])[: len(others)]
             if (
@@ -56,11 +56,11 @@ def wrong_selections(
 
 
 def _luck(length: int, layer: int) -> np.ndarray:
-    """[length]: zeros at the end of each token's byte of a hash."""
+    """[length]: zeros at the end of each token's byte of a hash, 12 if there is nothing else."""
     words = _hash(_hash(np.array([length * 0x9E3779B1 + layer])) + np.arange(-(-length // 4)) * 0x9E3779B1)
     octets = words.astype("<u4").view(np.uint8)[:length]
     bits = np.unpackbits(octets[:, None], axis=1, bitorder="little")
-    return np.where(octets > 0, bits.argmax(axis=1), 8)
+    return np.where(octets > 0, bits.argmax(axis=1), 12)
 
 
 def _hash(numbers: np.ndarray) -> np.ndarray:

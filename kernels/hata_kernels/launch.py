@@ -10,13 +10,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hata_kernels.reference import GOLDEN, MIX_1, MIX_2
+from hata_kernels.reference import FAR_LUCK, GOLDEN, MIX_1, MIX_2, MOST_LUCK, RANK_PARTS
 
 # Triton's interpreter runs the kernels on a CPU (TRITON_INTERPRET=1, read when Triton is imported). It has no
 # inline assembly.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 STEP, MULTIPLY_1, MULTIPLY_2 = tl.constexpr(GOLDEN), tl.constexpr(MIX_1), tl.constexpr(MIX_2)
+PARTS, PART_BITS = tl.constexpr(RANK_PARTS), tl.constexpr(RANK_PARTS.bit_length() - 1)
+assert (MOST_LUCK, FAR_LUCK) == (8, 8 + 8 // 2)  # `luck_word` adds half of the bit that only the most luck has
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -61,13 +63,20 @@ def luck_word(b_group, seed):
     b_ones = b_less_one & b_flipped  # as many as zeros at the end
     b_ones -= (b_ones >> 1) & 0x55555555
     b_ones = (b_ones & 0x33333333) + ((b_ones >> 2) & 0x33333333)
-    return ((b_ones + (b_ones >> 4)) & 0x0F0F0F0F).to(tl.int32, bitcast=True)
+    b_zeros = (b_ones + (b_ones >> 4)) & 0x0F0F0F0F
+    return (b_zeros + ((b_zeros & 0x08080808) >> 1)).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def luck_of(b_word, o_token):
     """The luck of tokens, from the word of their group."""
     return (b_word >> ((o_token & 3) * 8)) & 15
+
+
+@triton.jit
+def gain(b_luck, b_octave):
+    """`reference.gain`."""
+    return (b_luck * b_octave + PARTS // 2) >> PART_BITS
 
 
 @triton.jit

@@ -47,8 +47,9 @@ KEYS, QUERIES = 0, 1
 HAMMING, ONE_SIDED = "hamming", "one-sided"
 # What is selected: the best tokens and a sample of the others, or the best alone.
 SAMPLED, TOP = "sampled", "top"
-# A token's luck is the zeros at the end of a byte: n or more with a probability of 2^-n, at most 8.
-MOST_LUCK = 8
+# A token's luck, in octaves, is the zeros at the end of a byte: n or more with a probability of 2^-n. Eight, the most,
+# are as good as twelve: codes err, and what they call hopeless must get in at times.
+MOST_LUCK, FAR_LUCK = 8, 12
 # Tokens that share a hash of four bytes.
 LUCK_TOKENS = 4
 GOLDEN, MIX_1, MIX_2 = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
@@ -56,6 +57,8 @@ GOLDEN, MIX_1, MIX_2 = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
 # weights, over 2.5: by so much a token's attention halves. In the logarithm of attention that is 1.7 a deviation, as
 # measured in Qwen2.5-Coder: 1.6 and 1.8 by trained codes, 1.4 and 1.8 by untrained ones.
 OCTAVES_A_ROOT = 5
+# Octaves are counted in sixteenths of a rank: one that is a tenth too short is, eight times over, nearly an octave.
+RANK_PARTS = 16
 # Magnitudes of one-sided weights are rounded to sevenths of the largest: halfway points, in parts of 256.
 MAGNITUDE_STEPS = tuple(((2 * step - 1) * 256 + 7) // 14 for step in range(1, 8))
 
@@ -290,12 +293,15 @@ def rank(distance: Tensor, sink: int, recent: int, bins: int) -> Tensor:
 
 
 def octaves(weights: Tensor) -> Tensor:
-    """By how many ranks a token's attention is guessed to halve: weights [..., bits] -> [...] int32, at least 1."""
+    """By how many sixteenths of a rank a token's attention is guessed to halve: weights [..., bits] -> [...] int32.
+
+    At least a rank.
+    """
     squares = weights.to(torch.int64).square().sum(-1)
-    # Rounds the root of the squares over OCTAVES_A_ROOT, in integers: n + 1/2 <= root / 5.
-    n = torch.arange(64, device=weights.device)
-    enough = (2 * n + 1).square() * OCTAVES_A_ROOT**2 <= 4 * squares.unsqueeze(-1)
-    return enough.sum(-1, dtype=torch.int32).clamp(min=1)
+    # Rounds the root of the squares times RANK_PARTS over OCTAVES_A_ROOT, in integers: n + 1/2 <= 16 root / 5.
+    n = torch.arange(1024, device=weights.device)
+    enough = (2 * n + 1).square() * OCTAVES_A_ROOT**2 <= 4 * RANK_PARTS**2 * squares.unsqueeze(-1)
+    return enough.sum(-1, dtype=torch.int32).clamp(min=RANK_PARTS)
 
 
 def mix(x: Tensor) -> Tensor:
@@ -308,35 +314,42 @@ def mix(x: Tensor) -> Tensor:
 
 
 def luck(length: int, layer: int, device: torch.device | str = "cpu") -> Tensor:
-    """The luck of every token of a context in one layer: [length] int32, n or more with a probability of 2^-n.
+    """The luck of every token of a context in one layer, in octaves: [length] int32, from 0 to 7, or FAR_LUCK.
 
-    It depends on nothing else, so a step that is repeated selects the same tokens.
+    n or more with a probability of 2^-n, for n up to MOST_LUCK. It depends on nothing else, so a step that is repeated
+    selects the same tokens.
     """
     position = torch.arange(length, device=device)
     seed = mix(torch.tensor(length * GOLDEN + layer, device=device))
     word = mix(seed + position // LUCK_TOKENS * GOLDEN)
     byte = (word >> (8 * (position % LUCK_TOKENS))) | 1 << MOST_LUCK
-    return popcount(((byte - 1) & ~byte).to(torch.int32) & (1 << MOST_LUCK) - 1)
+    zeros = popcount(((byte - 1) & ~byte).to(torch.int32) & (1 << MOST_LUCK) - 1)
+    return torch.where(zeros == MOST_LUCK, FAR_LUCK, zeros)
+
+
+def gain(luck: Tensor, octave: Tensor) -> Tensor:
+    """Ranks that luck is worth: octaves and sixteenths of a rank -> whole ranks, rounded."""
+    return (luck * octave + RANK_PARTS // 2) // RANK_PARTS
 
 
 def draw(ranks: Tensor, luck: Tensor, octave: Tensor) -> Tensor:
-    """Ranks bettered by luck: a token that is n octaves too bad gets in with a probability of 2^-n.
+    """Ranks bettered by luck: a token that is n octaves too bad gets in with a probability of 2^-n, n up to MOST_LUCK.
 
     Args:
         ranks: [H, L] int32, of `rank`; 0, for what is always kept, stays 0, and nothing else gets better than 1.
         luck: [L] int32.
-        octave: [H] int32.
+        octave: [H] int32, of `octaves`.
     """
-    return torch.where(ranks == 0, 0, (ranks - luck * octave.unsqueeze(1)).clamp(min=1))
+    return torch.where(ranks == 0, 0, (ranks - gain(luck, octave.unsqueeze(1))).clamp(min=1))
 
 
 def doublings(drawn: Tensor, luck: Tensor, octave: Tensor, positions: Tensor) -> Tensor:
     """How often the weight of each selected token is doubled, as it stands for tokens that had no such luck.
 
-    A token that got in by n octaves of luck had a chance of 2^-n, so it counts 2^n times. One that would have got in
-    without counts once. What luck has brought to rank 1 is taken for such: it is far better than what just got in.
-    Sums over all tokens are then met on average, but for those that not even 8 octaves help, and for ties at the cut,
-    of which the earliest get in: a tenth of the number, a twentieth of the attention if the guess is right.
+    A token that needed n octaves of luck to be no worse than the worst selected had a chance of 2^-n, so it counts 2^n
+    times. What luck has brought to rank 1 is taken for one that needed none: it is far better than what just got in.
+    Sums over all tokens are then met on average, but for those that not even FAR_LUCK helps, and for ties at the cut,
+    of which the earliest get in.
 
     Args:
         drawn: [H, L] int32, of `draw`.
@@ -345,9 +358,11 @@ def doublings(drawn: Tensor, luck: Tensor, octave: Tensor, positions: Tensor) ->
     Returns:
         [H, k] int32, from 0 to MOST_LUCK.
     """
-    chosen = drawn.gather(1, positions)
-    spare = (chosen.amax(dim=1, keepdim=True) - chosen) // octave.unsqueeze(1)
-    return torch.where(chosen > 1, (luck[positions] - spare).clamp(min=0), 0)
+    chosen, octave = drawn.gather(1, positions), octave.unsqueeze(1)
+    missing = chosen + gain(luck[positions], octave) - chosen.amax(dim=1, keepdim=True)
+    # The least n of which `gain` is that much: n octaves and half a rank are as many sixteenths, or more.
+    needed = (missing * RANK_PARTS - RANK_PARTS // 2 + octave - 1) // octave
+    return torch.where(chosen > 1, needed.clamp(0, MOST_LUCK), 0).to(torch.int32)
 
 
 def select_positions(ranks: Tensor, k: int) -> Tensor:

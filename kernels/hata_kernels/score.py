@@ -18,6 +18,7 @@ from torch import Tensor
 from hata_kernels.launch import (
     INTERPRETED,
     check_tensor,
+    gain,
     luck_of,
     luck_seed,
     luck_word,
@@ -25,7 +26,7 @@ from hata_kernels.launch import (
     popcount,
     wait_for_previous,
 )
-from hata_kernels.reference import LUCK_TOKENS, OCTAVES_A_ROOT, SAMPLED
+from hata_kernels.reference import LUCK_TOKENS, OCTAVES_A_ROOT, RANK_PARTS, SAMPLED
 from hata_kernels.workspace import PIECE, DecodeWorkspace
 
 # Consecutive tokens that a thread scores at a time: their ranks, a byte each, are one word, and so is their luck.
@@ -38,8 +39,8 @@ SHARED_ARRAY = "{{ .shared .align 16 .b32 hata_array[{}]; mov.u32 $0, hata_array
 STORE = tl.constexpr("st.shared.b32 [$1], $2; mov.b32 $0, 0;")
 ADD = tl.constexpr("red.shared.add.u32 [$1], $2; mov.b32 $0, 0;")
 LOAD = tl.constexpr("ld.shared.b32 $0, [$1];")
-# `reference.octaves` divides a root by this.
-PARTS, PART = tl.constexpr(OCTAVES_A_ROOT**2), tl.constexpr(1 / OCTAVES_A_ROOT)
+# `reference.octaves` multiplies a root by this over that.
+TIMES, OVER = tl.constexpr(RANK_PARTS), tl.constexpr(OCTAVES_A_ROOT)
 
 
 @triton.jit
@@ -91,12 +92,13 @@ def load_codes(code_cache, b_slot, o_word, m_c, H: tl.constexpr, HB: tl.constexp
 @triton.jit
 def octave_of(b_squares):
     """`reference.octaves` of sums of squared weights. The root need not be exact: what it comes to is checked."""
-    b_octave = (tl.sqrt(b_squares.to(tl.float32)) * PART + 0.5).to(tl.int32)
+    b_octave = (tl.sqrt(b_squares.to(tl.float32)) * (TIMES / OVER) + 0.5).to(tl.int32)
+    b_most = 4 * TIMES * TIMES * b_squares
     b_odd = 2 * b_octave - 1
-    b_octave -= ((b_octave > 0) & (b_odd * b_odd * PARTS > 4 * b_squares)).to(tl.int32)
+    b_octave -= ((b_octave > 0) & (b_odd * b_odd * (OVER * OVER) > b_most)).to(tl.int32)
     b_odd = 2 * b_octave + 1
-    b_octave += (b_odd * b_odd * PARTS <= 4 * b_squares).to(tl.int32)
-    return tl.maximum(b_octave, 1)
+    b_octave += (b_odd * b_odd * (OVER * OVER) <= b_most).to(tl.int32)
+    return tl.maximum(b_octave, TIMES)
 
 
 @triton.jit(do_not_specialize=["sink", "recent", "layer"])
@@ -202,7 +204,7 @@ def score_kernel(
         b_rank = tl.minimum(b_distance + 1, BINS - 2)
         if DRAWS:
             b_luck = luck_of(luck_word(o_group, seed), tl.arange(0, TOKENS)[None, :])
-            b_rank = tl.maximum(b_rank - b_luck[:, :, None] * b_octave, 1)
+            b_rank = tl.maximum(b_rank - gain(b_luck[:, :, None], b_octave), 1)
             o_group += BG
         b_rank = tl.where(m_kept[:, :, None], 0, b_rank)
         # Tiles are stored whole: beyond a request's last token goes the rank of no token.

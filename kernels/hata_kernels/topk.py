@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hata_kernels.launch import (
     check_tensor,
+    gain,
     luck_of,
     luck_seed,
     luck_word,
@@ -24,7 +25,7 @@ from hata_kernels.launch import (
     popcount,
     wait_for_previous,
 )
-from hata_kernels.reference import SAMPLED
+from hata_kernels.reference import MOST_LUCK, RANK_PARTS, SAMPLED
 from hata_kernels.workspace import FEW_REQUESTS, PIECE, SLOT_BITS, DecodeWorkspace
 
 # Earlier shares whose counts are loaded at a time.
@@ -32,7 +33,7 @@ EARLIER = 64
 # A program is one warp, whose barriers cost little. Each lane has COLUMNS consecutive ranks, usually 16 bytes; their
 # marks fill an int32: selected for sure in the low half, tied in the high half.
 LANES, COLUMNS = 32, 16
-BITS_OF_SLOT = tl.constexpr(SLOT_BITS)
+BITS_OF_SLOT, PARTS, MOST = tl.constexpr(SLOT_BITS), tl.constexpr(RANK_PARTS), tl.constexpr(MOST_LUCK)
 
 
 @triton.jit
@@ -105,8 +106,8 @@ def compact_share(
     octave = tl.load(octaves + i_row)
     threshold, wanted, less, tie = cut(histogram, share_counts, i_row, i_first, i_share, i_h, k, H, BINS, BE)
     if DRAWS:
-        # Times this, over 2^16, is division by an octave, exactly: no rank times an octave reaches 2^16.
-        inverse = 65536 // tl.maximum(octave, 1) + 1
+        # Times this, over 2^24, is division by an octave, exactly: 13 octaves times an octave stay below 2^24.
+        inverse = (1 << 24) // tl.maximum(octave, 1) + 1
     first = less + tl.minimum(tie, wanted)
     for i_t in range(start, end, BL * BC):
         b_rank = b_next.to(tl.int32)
@@ -143,8 +144,9 @@ def compact_share(
         if DRAWS:
             b_drawn = tl.load(p_rank + o_token, mask=m_out, other=0).to(tl.int32)
             b_luck = luck_of(luck_word(o_token >> 2, seed), o_token)
-            b_double = tl.maximum(b_luck - ((threshold - b_drawn) * inverse >> 16), 0)
-            b_slot |= tl.where(b_drawn > 1, b_double, 0) << BITS_OF_SLOT
+            b_missing = b_drawn + gain(b_luck, octave) - threshold
+            b_needed = tl.maximum(b_missing * PARTS - PARTS // 2 + octave - 1, 0) * inverse >> 24
+            b_slot |= tl.where(b_drawn > 1, tl.minimum(b_needed, MOST), 0) << BITS_OF_SLOT
         tl.store(p_out + o_out, b_slot, mask=m_out)
 
 
