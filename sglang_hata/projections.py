@@ -139,7 +139,7 @@ def untrained_layers(config: HataConfig, model: Any) -> range:
 
 
 def check_identity(config: HataConfig, model: Any) -> None:
-    """Raises HataError unless the weights folder was made for a model of this shape."""
+    """Raises HataError unless the weights folder is for a model of this shape, and for all layers but the first."""
     if config.weights == "none":
         return
     identity = read_identity(config)
@@ -154,6 +154,13 @@ def check_identity(config: HataConfig, model: Any) -> None:
                 f"The hash weights in {config.weights} are for {identity.model} with {name} {getattr(identity, name)}, "
                 f"but {model.model_path} has {value}: give weights for this model, or --hata-weights none."
             )
+    # That layer 0 may have untrained codes beside trained ones has been measured; of more layers, nothing.
+    if identity.dense_layers > max(config.dense_layers, 1):
+        raise HataError(
+            f"The hash weights in {config.weights} begin at layer {identity.dense_layers}, and --hata-dense-layers "
+            f"{config.dense_layers} leaves more than layer 0 to untrained codes: give --hata-dense-layers "
+            f"{identity.dense_layers}, or train weights for all layers."
+        )
 
 
 def check_fingerprint(config: HataConfig, model: Any) -> None:

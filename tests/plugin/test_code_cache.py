@@ -1,5 +1,6 @@
 """Codes beside keys: what is written, moved and found stale. On the CPU, against the specification."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -210,6 +211,15 @@ class TestWeightsFolder:
         model = SimpleNamespace(**vars(self.model) | change)
         with pytest.raises(HataError, match=sentence):
             rank_projections(HataConfig(weights=str(tmp_path)), model, 0, 1, "cpu")
+
+    def test_weights_that_leave_out_more_than_layer_0_are_refused(self, tmp_path, projections) -> None:
+        late = replace(self.identity, dense_layers=2)
+        artifact.save(tmp_path, late, {layer: projections[layer] for layer in (2, 3)})
+        sentence = "begin at layer 2, and --hata-dense-layers 0 leaves more than layer 0 to untrained codes: give"
+        with pytest.raises(HataError, match=sentence):
+            rank_projections(HataConfig(weights=str(tmp_path)), self.model, 0, 1, "cpu")
+        served = rank_projections(HataConfig(weights=str(tmp_path), dense_layers=2), self.model, 0, 1, "cpu")
+        assert sorted(served) == [2, 3]
 
     def test_tensors_of_another_folder_are_refused(self, tmp_path, projections) -> None:
         artifact.save(tmp_path / "a", self.identity, projections)
