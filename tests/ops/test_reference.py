@@ -297,6 +297,25 @@ def test_what_is_selected_stands_for_all() -> None:
     assert attention[select_positions(ranks, k)[0]].sum() < 0.7, "the best alone would do: the test shows nothing"
 
 
+def test_what_codes_call_hopeless_gets_in_at_times() -> None:
+    """A token ten octaves behind the cut: once in 2^8 steps, and then it counts 2^8 times."""
+    L, k, octave, steps = 400, 80, torch.tensor([100]), 5000
+    ranks = (100 + 5 * torch.randn(1, L, generator=torch.Generator().manual_seed(0))).round().int()
+    ranks[0, 7] = 150
+    counted = 0
+    for layer in range(steps):
+        lucky = luck(L, layer)
+        drawn = draw(ranks, lucky, octave)
+        positions = select_positions(drawn, k)
+        behind = 150 - int(drawn.gather(1, positions).max())
+        assert 8 * 6.25 < behind < 12 * 6.25, "the test is about tokens that are far, but not too far"
+        if 7 in positions:
+            assert doublings(drawn, lucky, octave, positions)[0, positions[0] == 7].item() == 8
+            counted += 1
+    expected = steps / 2**8
+    assert abs(counted - expected) < 4 * expected**0.5
+
+
 @given(BUDGETS, st.lists(LENGTHS, min_size=1, max_size=8))
 def test_budget_is_the_same_on_host_and_device(budget: Budget, lengths: list[int]) -> None:
     on_host = [budget.of(length) for length in lengths]
