@@ -158,8 +158,8 @@ def check_identity(config: HataConfig, model: Any) -> None:
     if identity.dense_layers > max(config.dense_layers, 1):
         raise HataError(
             f"The hash weights in {config.weights} begin at layer {identity.dense_layers}, and --hata-dense-layers "
-            f"{config.dense_layers} leaves more than layer 0 to untrained codes: give --hata-dense-layers "
-            f"{identity.dense_layers}, or train weights for all layers."
+            f"{config.dense_layers} leaves layer {identity.dense_layers - 1} to untrained codes, which only layer 0 "
+            f"may have beside trained ones: give --hata-dense-layers {identity.dense_layers}, or train for all layers."
         )
 
 

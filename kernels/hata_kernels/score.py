@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hata_kernels.launch import (
     INTERPRETED,
+    PARTS,
     check_tensor,
     gain,
     luck_of,
@@ -26,7 +27,7 @@ from hata_kernels.launch import (
     popcount,
     wait_for_previous,
 )
-from hata_kernels.reference import LUCK_TOKENS, OCTAVES_A_ROOT, RANK_PARTS, SAMPLED
+from hata_kernels.reference import LUCK_TOKENS, OCTAVES_A_ROOT, SAMPLED
 from hata_kernels.workspace import PIECE, DecodeWorkspace
 
 # Consecutive tokens that a thread scores at a time: their ranks, a byte each, are one word, and so is their luck.
@@ -39,8 +40,8 @@ SHARED_ARRAY = "{{ .shared .align 16 .b32 hata_array[{}]; mov.u32 $0, hata_array
 STORE = tl.constexpr("st.shared.b32 [$1], $2; mov.b32 $0, 0;")
 ADD = tl.constexpr("red.shared.add.u32 [$1], $2; mov.b32 $0, 0;")
 LOAD = tl.constexpr("ld.shared.b32 $0, [$1];")
-# `reference.octaves` multiplies a root by this over that.
-TIMES, OVER = tl.constexpr(RANK_PARTS), tl.constexpr(OCTAVES_A_ROOT)
+# `reference.octaves` divides a root by this.
+A_ROOT = tl.constexpr(OCTAVES_A_ROOT)
 
 
 @triton.jit
@@ -92,13 +93,13 @@ def load_codes(code_cache, b_slot, o_word, m_c, H: tl.constexpr, HB: tl.constexp
 @triton.jit
 def octave_of(b_squares):
     """`reference.octaves` of sums of squared weights. The root need not be exact: what it comes to is checked."""
-    b_octave = (tl.sqrt(b_squares.to(tl.float32)) * (TIMES / OVER) + 0.5).to(tl.int32)
-    b_most = 4 * TIMES * TIMES * b_squares
+    b_octave = (tl.sqrt(b_squares.to(tl.float32)) * (PARTS / A_ROOT) + 0.5).to(tl.int32)
+    b_most = 4 * PARTS * PARTS * b_squares
     b_odd = 2 * b_octave - 1
-    b_octave -= ((b_octave > 0) & (b_odd * b_odd * (OVER * OVER) > b_most)).to(tl.int32)
+    b_octave -= ((b_octave > 0) & (b_odd * b_odd * (A_ROOT * A_ROOT) > b_most)).to(tl.int32)
     b_odd = 2 * b_octave + 1
-    b_octave += (b_odd * b_odd * (OVER * OVER) <= b_most).to(tl.int32)
-    return tl.maximum(b_octave, TIMES)
+    b_octave += (b_odd * b_odd * (A_ROOT * A_ROOT) <= b_most).to(tl.int32)
+    return tl.maximum(b_octave, PARTS)
 
 
 @triton.jit(do_not_specialize=["sink", "recent", "layer"])

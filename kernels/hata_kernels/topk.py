@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hata_kernels.launch import (
+    PARTS,
     check_tensor,
     gain,
     luck_of,
@@ -25,7 +26,7 @@ from hata_kernels.launch import (
     popcount,
     wait_for_previous,
 )
-from hata_kernels.reference import MOST_LUCK, RANK_PARTS, SAMPLED
+from hata_kernels.reference import MOST_LUCK, SAMPLED
 from hata_kernels.workspace import FEW_REQUESTS, PIECE, SLOT_BITS, DecodeWorkspace
 
 # Earlier shares whose counts are loaded at a time.
@@ -33,7 +34,7 @@ EARLIER = 64
 # A program is one warp, whose barriers cost little. Each lane has COLUMNS consecutive ranks, usually 16 bytes; their
 # marks fill an int32: selected for sure in the low half, tied in the high half.
 LANES, COLUMNS = 32, 16
-BITS_OF_SLOT, PARTS, MOST = tl.constexpr(SLOT_BITS), tl.constexpr(RANK_PARTS), tl.constexpr(MOST_LUCK)
+BITS_OF_SLOT, MOST = tl.constexpr(SLOT_BITS), tl.constexpr(MOST_LUCK)
 
 
 @triton.jit
