@@ -24,6 +24,7 @@ from typing import Any
 
 from sglang_hata.config import AUTO, FLAGS, HataConfig, HataError
 from sglang_hata.refusals import check_model, check_settings
+from sglang_hata.state import VERIFIED
 
 BACKEND = "hata"
 STAMP = "_hata"  # underscored: the one kind of attribute that both versions let a plugin set on ServerArgs
@@ -335,8 +336,21 @@ def _never_fuse_kv_writes(original: Callable[..., bool], forward_batch: Any) -> 
 def _report_state(result: Any, self: Any, *_args: Any) -> Any:
     pool = self.token_to_kv_pool_allocator.get_kvcache()
     if getattr(pool, "codes", None) is not None:
-        result.internal_state["hata"] = pool.state.report(pool)
+        report = pool.state.report(pool)
+        if pool.state.config.verify:  # of all ranks, as one alone may be wrong; SGLang asks each of them
+            report |= _sum_over_ranks({name: report[name] for name in VERIFIED})
+        result.internal_state["hata"] = report
     return result
+
+
+def _sum_over_ranks(counters: Mapping[str, int]) -> dict[str, int]:
+    """Counters, added up over the ranks of attention's tensor parallelism; each of them has to call."""
+    import torch
+    from sglang.srt.runtime_context import get_parallel
+
+    total = torch.tensor(list(counters.values()))
+    torch.distributed.all_reduce(total, group=get_parallel().attn_tp_group.cpu_group)
+    return dict(zip(counters, total.tolist(), strict=True))
 
 
 LAUNCHER_HOOKS: tuple[Hook, ...] = (

@@ -12,9 +12,13 @@ if TYPE_CHECKING:
     from sglang_hata.code_cache import CodeCache
 
 
+# What --hata-verify counts: the only counters that are of all ranks, and not of one.
+VERIFIED = ("selections_checked", "selections_wrong", "stale_codes")
+
+
 @dataclass
 class ServingState:
-    """Settings and counters of one scheduler process.
+    """Settings and counters of one scheduler process, which is one rank of tensor parallelism.
 
     Args:
         config: the settings.

@@ -7,6 +7,7 @@ library needs a GPU driver to be imported. Its processes are spawned, so both ha
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,13 +32,30 @@ def gpu_present() -> bool:
     return any(path.exists() for path in DRIVER_FILES)
 
 
-def environment(base: Mapping[str, str]) -> dict[str, str]:
-    """A copy of ``base`` in which SGLang takes its CPU path and finds the stand-in for its kernel library."""
+def environment(base: Mapping[str, str], ranks: int = 1) -> dict[str, str]:
+    """A copy of ``base`` in which SGLang takes its CPU path and finds the stand-in for its kernel library.
+
+    Args:
+        ranks: of tensor parallelism.
+    """
     paths = [str(STAND_IN), *filter(None, [base.get("PYTHONPATH")])]
     # Idle OpenMP threads sleep: spinning ones make small operations a hundred times slower on a machine with few cores
     # and anything else to do.
-    waiting = {"OMP_WAIT_POLICY": "passive"}
-    return waiting | dict(base) | {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    wanted = {"OMP_WAIT_POLICY": "passive"}
+    if ranks > 1:
+        # Where the library of NCCL can be loaded, ranks would meet by it, on GPUs; where it cannot, they do by gloo.
+        wanted["SGLANG_NCCL_SO_PATH"] = "nowhere (there is no GPU)"
+        # SGLang wants a NUMA node for each rank, or to be told which cores a rank may use.
+        cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+        wanted["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([cores] * ranks)
+    return wanted | dict(base) | {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def ranks_of(given: list[str]) -> int:
+    """The tensor parallelism that a server's arguments ask for."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--tp-size", "--tensor-parallel-size", type=int, default=1)
+    return int(parser.parse_known_args(given)[0].tp_size)
 
 
 def server_arguments(given: list[str]) -> list[str]:

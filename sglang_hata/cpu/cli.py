@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from sglang_hata.cpu import environment, gpu_present, server_arguments
+from sglang_hata.cpu import environment, gpu_present, ranks_of, server_arguments
 
 NOTICE = "hata-cpu: SGLang runs on the CPU, for trying and testing only; speeds mean nothing here."
 PASS_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}
@@ -31,7 +31,8 @@ def main() -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def serve(arguments: tuple[str, ...]) -> None:
     """Start a server: the arguments are those of sglang.launch_server."""
-    run(["-m", "sglang.launch_server", *server_arguments(list(arguments))])
+    given = list(arguments)
+    run(["-m", "sglang.launch_server", *server_arguments(given)], ranks_of(given))
 
 
 @main.command(context_settings=PASS_ON, add_help_option=False)
@@ -41,10 +42,10 @@ def python(arguments: tuple[str, ...]) -> None:
     run(list(arguments))
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str], ranks: int = 1) -> None:
     """Becomes Python in the environment for a plain CPU, so that signals and exit codes are the program's own."""
     print(NOTICE, file=sys.stderr, flush=True)
-    os.execve(sys.executable, [sys.executable, *arguments], environment(os.environ))
+    os.execve(sys.executable, [sys.executable, *arguments], environment(os.environ, ranks))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,20 @@ def test_the_environment_keeps_what_it_was_given() -> None:
     assert changed["OMP_WAIT_POLICY"] == "active" and changed["HOME"] == "/home/me"
 
 
+@pytest.mark.parametrize("flags", [["--tp", "3"], ["--tp-size=3"], ["--tensor-parallel-size", "3", "--hata"]])
+def test_tensor_parallel_ranks_share_the_cores(flags: list[str]) -> None:
+    assert cpu.ranks_of(["--model-path", "m", *flags]) == 3
+    ranks = cpu.environment({}, 3)["SGLANG_CPU_OMP_THREADS_BIND"].split("|")
+    assert len(ranks) == 3 and {int(core) for core in ranks[2].split(",")} == os.sched_getaffinity(0)
+    mine = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|2"}
+    assert cpu.environment(mine, 3).items() > mine.items()
+
+
+def test_one_rank_is_left_to_sglang() -> None:
+    assert cpu.ranks_of(["--model-path", "m", "--trust-remote-code"]) == 1
+    assert "SGLANG_CPU_OMP_THREADS_BIND" not in cpu.environment({})
+
+
 @pytest.mark.parametrize("command", [["serve", "--model-path", "m"], ["python", "-c", "pass"]])
 def test_refused_beside_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str]) -> None:
     (tmp_path / "nvidia0").touch()

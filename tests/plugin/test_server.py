@@ -28,6 +28,8 @@ pytestmark = pytest.mark.server
 LAYERS, KV_HEADS = 30, 3  # SmolLM2-135M
 # Checks between the launches of a step need eager steps.
 VERIFY = ["--hata-verify", "--disable-cuda-graph"] if gpu_present() else ["--hata-verify"]
+# As many ranks as KV heads, where there are GPUs for them; a CPU takes any number.
+RANKS = KV_HEADS if not gpu_present() or torch.cuda.device_count() >= KV_HEADS else 1
 # SGLang 0.5.16 allocates pages of more than one token with a kernel that a CPU does not have.
 PAGES = [] if version("sglang") == "0.5.16" and not gpu_present() else ["--page-size", "16"]
 
@@ -60,13 +62,19 @@ def test_with_the_whole_context_as_budget_the_text_is_dense(
 
 
 def test_auto_serves_the_weights_that_ship_by_their_own_scoring(model: Path) -> None:
+    """By tensor-parallel ranks, each with a KV head and its codes. --hata-verify counts what all of them chose."""
     flags = ["--hata", "--hata-weights", "auto", "--hata-budget", "128", "--hata-min-context", "0"]
-    with serving(model, *flags, "--hata-sink", "4", "--hata-recent", "16", *VERIFY) as server:
+    flags += ["--hata-sink", "4", "--hata-recent", "16", "--tp-size", str(RANKS)]
+    with serving(model, *flags, *VERIFY) as server:
+        before = server.hata()
         server.generate(PROMPTS[0], 8)
         state = server.hata()
     assert Path(state["weights"]).name == "SmolLM2-135M-Instruct-128"
     assert (state["scoring"], state["bits"]) == ("one-sided", 128)
-    assert state["selections_checked"] > 0 and state["selections_wrong"] == 0 and state["stale_codes"] == 0
+    assert state["bytes_per_token"] == LAYERS * KV_HEADS // RANKS * 16
+    steps = state["decode_steps"] - before["decode_steps"]
+    assert state["selections_checked"] - before["selections_checked"] == steps * LAYERS * KV_HEADS > 0
+    assert state["selections_wrong"] == 0 and state["stale_codes"] == 0
 
 
 BUDGET, MIN_CONTEXT = 128, 256
