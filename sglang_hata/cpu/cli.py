@@ -18,7 +18,7 @@ def main() -> None:
     """Run SGLang on a machine without a GPU, for trying HATA and for tests.
 
     \b
-    hata-cpu serve --model-path MODEL --hata     start a server
+    hata-cpu serve --model-path MODEL --hata     start a server (also --tp-size N)
     hata-cpu python PROGRAM.py                   run a program that uses sglang
     """
     if gpu_present():
