@@ -76,7 +76,9 @@ SETTINGS = (
     Refusal("attn_cp_size", (None, 1), "a request's tokens would be spread over GPUs; use --tp-size."),
     Refusal("enable_prefill_cp", (False, None), "its key writes bypass the codes; remove it."),
     Refusal("pp_size", (None, 1), "pipeline stages have not been tested with HATA; use --tp-size instead."),
+    # 0.5.23 takes the first for the second, and then for off.
     Refusal("enable_dp_attention", (False, None), "it has not been tested with HATA; use --dp-size."),
+    Refusal("attn_dp_size", (None, 1), "it has not been tested with HATA; use --dp-size."),
     Refusal("enable_two_batch_overlap", (False, None), "it splits the decode batch; remove it."),
     Refusal("enable_pdmux", (False, None), "it runs prefill beside decode on one pool; remove it."),
     Refusal("enable_nvidia_megakernel", (False, None), "it replaces the decode step; remove it."),

@@ -40,7 +40,18 @@ CASES: dict[str, tuple[list[str], str]] = {
         ["--kv-cache-dtype", "fp8_e4m3"],
         "--hata cannot run with --kv-cache-dtype fp8_e4m3 here: only the GPU kernels read it; use auto.",
     ),
+    "flexkv": (["--enable-flexkv"], "--hata cannot run with --enable-flexkv"),
     "pipeline": (["--pp-size", "2"], "--hata cannot run with --pp-size 2"),
+    "context-parallel": (["--tp-size", "2", "--attn-cp-size", "2"], "--hata cannot run with --attn-cp-size 2"),
+    # By another name in 0.5.23.
+    "dp-attention": (
+        ["--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"],
+        ": it has not been tested with HATA; use --dp-size.",
+    ),
+    "tensor-parallel": (["--tp-size", "3"], "starts"),
+    "data-parallel": (["--dp-size", "2"], "starts"),
+    "torch-compile": (["--enable-torch-compile"], "--hata cannot run with --enable-torch-compile"),
+    "embedding": (["--is-embedding"], "--hata cannot run with --is-embedding"),
     "decode-backend": (
         ["--decode-attention-backend", "triton"],
         "--hata cannot run with --decode-attention-backend triton: HATA is the decode backend, so remove it",
