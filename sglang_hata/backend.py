@@ -58,6 +58,9 @@ class HataBackend(AttentionBackend):
         self.state = self.pool.state
         self.config = self.state.config
         self.untrained = untrained_layers(self.config, runner.model_config)
+        # Every layer reads it, where SGLang's own backends copy what they need before the first; and SGLang's scheduler
+        # writes to it while a step runs. That changes no answer: it writes beyond the length of a running request, to
+        # rows of requests that have ended, and slots that hold the same keys, values and codes as those they replace.
         self.slot_table = runner.req_to_token_pool.req_to_token
         self.layers = self.pool.layer_num
         kernels = self.slot_table.is_cuda or INTERPRETED.value

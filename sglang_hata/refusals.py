@@ -96,6 +96,7 @@ SETTINGS = (
 ENVIRONMENT = (
     ("SGLANG_USE_HND_KVCACHE", "codes follow the NHD layout of the KV pool"),
     ("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "the KV pool would be resized after its codes were allocated"),
+    ("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "what is planned on the host before each step would be planned once"),
 )
 
 

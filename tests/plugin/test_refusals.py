@@ -72,6 +72,7 @@ CASES: dict[str, tuple[list[str], str]] = {
 ENVIRONMENT_CASES = {
     "SGLANG_USE_HND_KVCACHE": "--hata cannot run with SGLANG_USE_HND_KVCACHE=1: codes follow the NHD layout",
     "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "the KV pool would be resized after its codes were allocated",
+    "SGLANG_ENABLE_METADATA_GLUE_GRAPH": "what is planned on the host before each step would be planned once",
 }
 # Architectures, by the part of their configuration that SGLang tells them by.
 LLAMA = {
