@@ -9,6 +9,7 @@ the specification on a CPU, kernels on a GPU.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -167,12 +168,24 @@ class HataBackend(AttentionBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> Tensor:
-        if not save_kv_cache or layer.is_cross_attention or layer.logit_cap:
-            raise NotImplementedError(
-                f"HATA cannot serve layer {layer.layer_id}: it needs plain decoder attention that caches its keys."
-            )
+        for what, there in self._beyond_plain(layer, save_kv_cache, kwargs):
+            if there:
+                raise HataError(f"--hata cannot serve layer {layer.layer_id}: it {what}; remove --hata.")
         sparse = layer.layer_id in self.codes.codes and self.selects
         return self.decoder.attend(q, k, v, layer, forward_batch, sparse)
+
+    def _beyond_plain(self, layer: RadixAttention, caches: bool, extras: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+        """What a layer may ask for beyond softmax over all of its own cached tokens, and whether it does.
+
+        `refusals.check_model` knows most of this from the configuration of a model, before it is loaded; the layers
+        themselves know all of it."""
+        yield "does not cache its keys by the KV pool", not caches
+        yield "is cross-attention", layer.is_cross_attention
+        yield "attends to a sliding window", 0 <= layer.sliding_window_size < self.slot_table.shape[1]
+        yield "caps attention logits", bool(layer.logit_cap)
+        yield "scales attention logits by position", layer.xai_temperature_len > 0
+        for name, value in extras.items():
+            yield f"needs {name}", value is not None and value is not False
 
     def slots_of(self, batch: ForwardBatch) -> list[Tensor]:
         """The slots of each request's cached tokens, in order of position."""

@@ -223,6 +223,30 @@ def test_verification_needs_eager_steps_on_a_gpu() -> None:
     check_settings(SimpleNamespace(**HARMLESS | {"disable_cuda_graph": True}), HataConfig(verify=True))
 
 
+@pytest.mark.parametrize(
+    ("layer", "asked", "what"),
+    [
+        ({"logit_cap": 30.0}, {}, "caps attention logits"),
+        ({"sliding_window_size": 1024}, {}, "attends to a sliding window"),
+        ({"is_cross_attention": True}, {}, "is cross-attention"),
+        ({}, {"save_kv_cache": False}, "does not cache its keys by the KV pool"),
+        ({}, {"sinks": torch.zeros(8)}, "needs sinks"),
+        ({}, {"return_lse": True}, "needs return_lse"),
+    ],
+)
+def test_what_a_layer_asks_for_beyond_plain_attention(layer: dict[str, Any], asked: dict[str, Any], what: str) -> None:
+    """Where a model's configuration does not say it."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    from sglang_hata.backend import HataBackend
+
+    backend = HataBackend.__new__(HataBackend)  # without a server
+    backend.slot_table = torch.zeros(1, 4096)
+    odd = RadixAttention(8, 64, 0.125, num_kv_heads=2, layer_id=3, **layer)
+    with pytest.raises(HataError, match=f"^--hata cannot serve layer 3: it {what}; remove --hata.$"):
+        backend.forward_decode(*torch.zeros(3, 1, 1), odd, None, **asked)
+
+
 LAUNCHERS = {
     "launch_server": ["-m", "sglang.launch_server"],
     "sglang serve": ["-c", "from sglang.cli.main import main; main()", "serve"],
