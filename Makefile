@@ -1,6 +1,7 @@
 # make demo                 install, index, ask twice
 # make test                 install if need be, then check and test
 # make test SGLANG=0.5.16   the same on the other supported version
+# make test-families        every family of models that has a test, from random weights, on a CPU or GPU
 # make test-gpu             the tests that need a GPU, on a host that has one
 # make quality              whether answers change: dense beside HATA at 1/8 on a CPU, in at most 15 minutes
 
@@ -10,7 +11,7 @@ VENV := .venv/sglang-$(SGLANG)
 BIN := $(VENV)/bin
 DEMO := HATA_RAG_HOME=.venv/demo $(BIN)/hata-rag
 
-.PHONY: demo install test check test-gpu quality clean
+.PHONY: demo install test check test-families test-gpu quality clean
 
 install: $(VENV)/installed
 
@@ -37,6 +38,9 @@ check: install
 
 test: check
 	$(BIN)/python -m pytest
+
+test-families: install
+	$(BIN)/python -m pytest --all-families tests/plugin/test_families.py
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu

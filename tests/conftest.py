@@ -14,11 +14,18 @@ settings.register_profile("hata", deadline=None, print_blob=True)
 settings.load_profile("hata")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not gpu_present():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: make test-gpu"))
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-families", action="store_true", help="serve every family of models that has a test")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skipped = {} if gpu_present() else {"gpu": "needs an NVIDIA GPU: make test-gpu"}
+    if not config.getoption("--all-families"):
+        skipped["more"] = "one of many: make test-families"
+    for item in items:
+        for marker, reason in skipped.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
