@@ -34,12 +34,12 @@ SHAPE = {
     "pad_token_id": 0,
     "torch_dtype": "bfloat16",
 }
-HEADS_OF_64 = {"hidden_size": 512}
+HEADS_OF_64, NO_WINDOW = {"hidden_size": 512}, {"sliding_window": None}
 FAMILIES: dict[str, dict[str, Any]] = {
     # Queries and keys are normalised before RoPE.
     "Qwen3ForCausalLM": {"model_type": "qwen3", "head_dim": 128},
     # Keys are a slice of what one projection makes.
-    "Phi3ForCausalLM": HEADS_OF_64 | {"model_type": "phi3", "original_max_position_embeddings": 2048},
+    "Phi3ForCausalLM": HEADS_OF_64 | NO_WINDOW | {"model_type": "phi3", "original_max_position_embeddings": 2048},
     # Heads of 256 dimensions.
     "GemmaForCausalLM": {"model_type": "gemma", "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh"},
 }
@@ -52,8 +52,10 @@ MORE: dict[str, dict[str, Any]] = {
     "ExaoneForCausalLM": HEADS_OF_64 | {"model_type": "exaone", "num_layers": LAYERS, "layer_norm_epsilon": 1e-5},
     "Glm4ForCausalLM": {"model_type": "glm4", "head_dim": 128, "partial_rotary_factor": 0.5, "attention_bias": True},
     "GraniteForCausalLM": HEADS_OF_64 | {"model_type": "granite", "attention_multiplier": 0.0156},
-    "MistralForCausalLM": {"model_type": "mistral", "head_dim": 64},
-    "MixtralForCausalLM": HEADS_OF_64 | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "MistralForCausalLM": NO_WINDOW | {"model_type": "mistral", "head_dim": 64},
+    "MixtralForCausalLM": HEADS_OF_64
+    | NO_WINDOW
+    | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "Olmo2ForCausalLM": HEADS_OF_64 | {"model_type": "olmo2"},
     # MHA, and positions that are learned.
     "OPTForCausalLM": HEADS_OF_64 | {"model_type": "opt", "num_key_value_heads": 8, "word_embed_proj_dim": 512},
@@ -72,13 +74,15 @@ MORE: dict[str, dict[str, Any]] = {
     "SmolLM3ForCausalLM": HEADS_OF_64 | {"model_type": "smollm3", "no_rope_layers": [1, 1, 0]},
     # RoPE turns a quarter of each head.
     "StableLmForCausalLM": HEADS_OF_64 | {"model_type": "stablelm", "partial_rotary_factor": 0.25},
-    "Starcoder2ForCausalLM": HEADS_OF_64 | {"model_type": "starcoder2", "norm_epsilon": 1e-5, "use_bias": True},
+    "Starcoder2ForCausalLM": HEADS_OF_64
+    | NO_WINDOW
+    | {"model_type": "starcoder2", "norm_epsilon": 1e-5, "use_bias": True, "hidden_act": "gelu_pytorch_tanh"},
 }
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.more) for name in MORE)])
 def test_codes_are_of_the_keys_that_are_cached_and_choose_as_specified(family: str, tmp_path: Path) -> None:
-    config = SHAPE | (FAMILIES | MORE)[family] | {"architectures": [family], "sliding_window": None}
+    config = SHAPE | (FAMILIES | MORE)[family] | {"architectures": [family]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     launcher = [] if gpu_present() else ["-m", "sglang_hata.cpu", "python"]
     command = [sys.executable, *launcher, str(PROGRAM), str(tmp_path), str(VOCABULARY), str(NEW_TOKENS)]
