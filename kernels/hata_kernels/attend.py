@@ -14,17 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 from hata_kernels.launch import FLOAT8_DTYPES, KV_DTYPES, check_tensor, dot, overlaps_launches, wait_for_previous
-from hata_kernels.workspace import PIECE, SLOT_BITS, DecodeWorkspace
+from hata_kernels.workspace import FEW_REQUESTS, PIECE, SLOT_BITS, DecodeWorkspace
 
-# Tokens whose keys and values a program loads at a time, up to head_dim 128, and its warps. Long chunks, of layers that
-# attend to everything, gain from large loads; short ones from an early first load.
-SHORT, LONG = (64, 4), (128, 8)
+# Tokens whose keys and values a program loads at a time, up to head_dim 128, and its warps: over what is selected for
+# few requests, for more, and over all tokens. Long chunks gain from large loads, short ones from an early first load.
+# Few requests gain from few chunks, as adding them up is a fifth of their time.
+FEW, SHORT, LONG = (128, 4), (64, 4), (128, 8)
 STAGES = 3  # of the loop: slots are loaded two rounds ahead, keys and values one
 # Query rows of a tile: the fewest that tensor cores take.
 MIN_ROWS = 16
-# Chunks of a row that are added up at a time: where there are no more of them, as in large batches, and the most where
-# there are; and the most elements of them, 128 registers of each thread.
-FEW_CHUNKS, MANY_CHUNKS = 8, 32
+# Chunks of a row that are added up at a time: the least of these that is enough, or the most; and the most elements of
+# them, 128 registers of each thread.
+FEW_CHUNKS, SOME_CHUNKS, MANY_CHUNKS = 8, 16, 32
 SUMMANDS = 128 * 32 * SHORT[1]
 BITS_OF_SLOT, SLOT_MASK = tl.constexpr(SLOT_BITS), tl.constexpr((1 << SLOT_BITS) - 1)
 LOG2_E = 1.4426950408889634
@@ -105,6 +106,7 @@ def attend_kernel(
     BM: tl.constexpr,
     BT: tl.constexpr,
     FEW: tl.constexpr,
+    SOME: tl.constexpr,
     MANY: tl.constexpr,
     PIECE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -171,8 +173,10 @@ def attend_kernel(
     tl.debug_barrier()
     tl.store(arrivals + i_row, 0)
 
-    if n_chunks > FEW:
+    if n_chunks > SOME:
         add_up(out, partial, partial_lse, i_row, i_slot, n_chunks, G, DV, BG, BDV, MANY)
+    elif n_chunks > FEW:
+        add_up(out, partial, partial_lse, i_row, i_slot, n_chunks, G, DV, BG, BDV, SOME)
     else:
         add_up(out, partial, partial_lse, i_row, i_slot, n_chunks, G, DV, BG, BDV, FEW)
 
@@ -223,7 +227,8 @@ def attend(
     if B == 0:
         return out
     BG, BDV = triton.next_power_of_2(G), triton.next_power_of_2(DV)
-    block, warps = LONG if everything else SHORT
+    block, warps = LONG if everything else FEW if B <= FEW_REQUESTS else SHORT
+    most = FEW_CHUNKS if everything else max(FEW_CHUNKS, min(MANY_CHUNKS, SUMMANDS // (BG * BDV)))
     attend_kernel[(workspace.pieces(B)[1] * H,)](
         q,
         k_pool,
@@ -251,7 +256,8 @@ def attend(
         BM=max(MIN_ROWS, BG),
         BT=block if D <= 128 else block // 2,
         FEW=FEW_CHUNKS,
-        MANY=FEW_CHUNKS if everything else max(FEW_CHUNKS, min(MANY_CHUNKS, SUMMANDS // (BG * BDV))),
+        SOME=min(SOME_CHUNKS, most),
+        MANY=most,
         PIECE=PIECE,
         STAGES=STAGES,
         PDL=overlaps_launches(device),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hata_kernels.launch import INDEX_DTYPES, check_tensor
 from hata_kernels.reference import Budget
-from hata_kernels.workspace import MIN_CHUNK, PIECE, DecodeWorkspace
+from hata_kernels.workspace import PIECE, DecodeWorkspace
 
 PPM = tl.constexpr(1_000_000)
 # A program of this kernel describes as many pieces as make such a matrix with the requests, and at least the fewest.
@@ -204,7 +204,7 @@ def plan_step(seq_lens: Tensor, req_rows: Tensor, workspace: DecodeWorkspace, bu
         SHARE_BLOCK=shares.block,
         MAX_SHARE=shares.longest,
         CHUNKS=grid.chunks,
-        CHUNK_BLOCK=MIN_CHUNK,
+        CHUNK_BLOCK=grid.min_chunk(B),
         PIECE=PIECE,
         HAS_COSTS=costs is not None,
         num_warps=4,

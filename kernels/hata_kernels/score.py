@@ -28,7 +28,7 @@ from hata_kernels.launch import (
     wait_for_previous,
 )
 from hata_kernels.reference import LUCK_TOKENS, OCTAVES_A_ROOT, SAMPLED
-from hata_kernels.workspace import PIECE, DecodeWorkspace
+from hata_kernels.workspace import FEW_REQUESTS, PIECE, DecodeWorkspace
 
 # Consecutive tokens that a thread scores at a time: their ranks, a byte each, are one word, and so is their luck.
 TOKENS = LUCK_TOKENS
@@ -91,6 +91,36 @@ def load_codes(code_cache, b_slot, o_word, m_c, H: tl.constexpr, HB: tl.constexp
 
 
 @triton.jit
+def four_words(b_x, HB: tl.constexpr):
+    """[.., 4 HB] -> four of [.., HB], the words that a thread holds of a code."""
+    b_x = tl.reshape(b_x, [b_x.shape[0], b_x.shape[1], b_x.shape[2], HB, 2, 2])
+    b_even, b_odd = tl.split(b_x)
+    b_first, b_third = tl.split(b_even)
+    b_second, b_fourth = tl.split(b_odd)
+    return b_first, b_second, b_third, b_fourth
+
+
+@triton.jit
+def bits_by_adding(b_differs, b_planes, P: tl.constexpr, HB: tl.constexpr):
+    """The bits of ``b_differs`` in each plane, times what the plane is worth: [.., HB]. Words of equal worth are first
+    added, bit by bit: three become a sum, and a carry of twice the worth. With two planes, 5 are left of 8 to count."""
+    b_total = tl.zeros([b_differs.shape[0], b_differs.shape[1], b_differs.shape[2], HB], tl.int32)
+    b_words = ()  # type: tuple
+    for i_p in tl.static_range(P + 1):
+        if i_p < P:
+            b_words += four_words(b_differs & b_planes[i_p], HB)
+        b_carried = ()  # type: tuple
+        for _ in tl.static_range((len(b_words) - 1) // 2):
+            b_half = b_words[0] ^ b_words[1]
+            b_carried += ((b_words[0] & b_words[1]) | (b_half & b_words[2]),)
+            b_words = b_words[3:] + (b_half ^ b_words[2],)  # noqa: RUF005 (Triton has no unpacking)
+        for i_w in tl.static_range(len(b_words)):
+            b_total += popcount(b_words[i_w]) << i_p
+        b_words = b_carried
+    return b_total
+
+
+@triton.jit
 def octave_of(b_squares):
     """`reference.octaves` of sums of squared weights. The root need not be exact: what it comes to is checked."""
     b_octave = (tl.sqrt(b_squares.to(tl.float32)) * (PARTS / A_ROOT) + 0.5).to(tl.int32)
@@ -129,6 +159,7 @@ def score_kernel(
     SHARED: tl.constexpr,
     STRIDE: tl.constexpr,
     DRAWS: tl.constexpr,
+    ADDS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A tile is [groups of tokens, TOKENS, W / WV, heads x WV words]. A thread has WV words of a head, 16 bytes where a
@@ -196,11 +227,14 @@ def score_kernel(
         b_loaded = load_codes(code_cache, b_slot, o_word, m_c, H, HB, W)
         b_slot = load_slots(p_slot, o_t + 3 * BT, end)
         b_differs = b_code ^ b_sign
-        b_bits = popcount(b_differs & b_planes[0])
-        for i_p in tl.static_range(1, P):
-            b_bits += popcount(b_differs & b_planes[i_p]) << i_p
-        b_bits = tl.sum(b_bits, axis=2)
-        b_distance = tl.sum(tl.reshape(b_bits, [BG, TOKENS, HB, WV]), axis=3)
+        if ADDS:
+            b_distance = tl.sum(bits_by_adding(b_differs, b_planes, P, HB), axis=2)
+        else:
+            b_bits = popcount(b_differs & b_planes[0])
+            for i_p in tl.static_range(1, P):
+                b_bits += popcount(b_differs & b_planes[i_p]) << i_p
+            b_bits = tl.sum(b_bits, axis=2)
+            b_distance = tl.sum(tl.reshape(b_bits, [BG, TOKENS, HB, WV]), axis=3)
         m_kept = (o_t < sink) | (o_t >= length - recent)
         b_rank = tl.minimum(b_distance + 1, BINS - 2)
         if DRAWS:
@@ -289,6 +323,7 @@ def score_and_count(
         SHARED=SHARED_ARRAY.format(HB * (bins + SKEW)),
         STRIDE=bins + SKEW,
         DRAWS=workspace.selection == SAMPLED,
+        ADDS=W > 2 and batch <= FEW_REQUESTS,  # with more requests the additions take longer than counting
         PDL=overlaps_launches(device),
         launch_pdl=overlaps_launches(device),
         num_warps=shares.warps,

@@ -17,12 +17,12 @@ MAX_GROUP = 16
 PIECE = 8
 # Counts of a share are int16.
 MAX_SHARE = 2**15 - 1
-# Selected tokens in the smallest piece of work of the attention kernel.
-MIN_CHUNK = 64
+# Tokens in the smallest piece of work of the attention kernel, for few requests and for more.
+FEW_MIN_CHUNK, MIN_CHUNK = 128, 64
 # Programs of the score kernel for every multiprocessor, where there is little to do and where there is much, and of the
 # attention kernel. A multiprocessor has room for more, but those that find no work cost the others time.
 FEW_SHARES, MANY_SHARES, CHUNKS = 1, 2, 2
-# Batches up to this size have few tokens to score: a program a multiprocessor does, with more warps.
+# Batches up to this size have few tokens to score and to attend to: the work is cut otherwise than for larger ones.
 FEW_REQUESTS = 3
 # Warps of the compaction, each a program, for every multiprocessor, which has room for 32.
 COMPACT_PROGRAMS = 30
@@ -100,6 +100,10 @@ class Grid:
 
     def shares(self, batch: int) -> Shares:
         return self.few_requests if batch <= FEW_REQUESTS else self.more_requests
+
+    @staticmethod
+    def min_chunk(batch: int) -> int:
+        return FEW_MIN_CHUNK if batch <= FEW_REQUESTS else MIN_CHUNK
 
     def pieces(self, kv_heads: int, batch: int, tokens: int) -> tuple[int, int]:
         """The most shares and chunks that `plan.plan_kernel` cuts a batch of so many requests and tokens into."""

@@ -13,7 +13,7 @@ from hata_kernels.decode import hata_decode_step
 from hata_kernels.encode import hash_rows
 from hata_kernels.plan import plan_step
 from hata_kernels.reference import Budget, Costs
-from hata_kernels.workspace import DecodeWorkspace
+from hata_kernels.workspace import FEW_REQUESTS, DecodeWorkspace
 from ops.cases import (
     SENTINEL,
     Case,
@@ -39,14 +39,16 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(workspace, name, programs)
     monkeypatch.setattr(workspace, "COMPACT_PROGRAMS", 8)
     monkeypatch.setattr(plan, "FULL_SHARE_BLOCKS", 1)
+    monkeypatch.setattr(workspace, "FEW_MIN_CHUNK", 16)
     monkeypatch.setattr(workspace, "MIN_CHUNK", 16)
-    monkeypatch.setattr(plan, "MIN_CHUNK", 16)
     monkeypatch.setattr(topk, "LANES", 4)
     monkeypatch.setattr(topk, "EARLIER", 4)
+    monkeypatch.setattr(attend, "FEW", (16, 4))
     monkeypatch.setattr(attend, "SHORT", (16, 4))
     monkeypatch.setattr(attend, "LONG", (32, 4))
     monkeypatch.setattr(attend, "FEW_CHUNKS", 2)
-    monkeypatch.setattr(attend, "MANY_CHUNKS", 3)
+    monkeypatch.setattr(attend, "SOME_CHUNKS", 3)
+    monkeypatch.setattr(attend, "MANY_CHUNKS", 4)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -110,6 +112,8 @@ STEPS = {
     # lengths, budget, KV heads, group, head_dim, bits
     "ragged": ([70, 1, 33, 16, 17, 100], Budget(tokens=9), 2, 3, 64, 64),
     "one": ([90], Budget(tokens=5), 3, 1, 64, 128),
+    "two of four": ([80, 33], Budget(tokens=7), 2, 4, 64, 128),
+    "three of sixteen": ([70, 21, 48], Budget(tokens=9), 1, 16, 64, 256),
     "share": ([64, 65, 2, 31], Budget(share_ppm=250_000, floor=6), 1, 7, 64, 256),
     "all": ([20, 48, 3], Budget(tokens=100), 2, 4, 64, 128),
     "short whole": ([40, 24, 90], Budget(tokens=5, min_context=40), 5, 1, 96, 64),
@@ -144,7 +148,7 @@ def test_step_is_the_specification(name: str, scoring: str, selection: str, inde
         dtype=dtype,
         generator=seeded(len(name)),
         index_dtype=index_dtype,
-        padded=0 if name == "one" else 2,
+        padded=0 if len(lengths) <= FEW_REQUESTS else 2,
         scoring=scoring,
         selection=selection,
     )
@@ -213,8 +217,8 @@ def test_a_plan_hands_out_every_token_once(seed: int) -> None:
     scored = [length if k < length else 0 for length, k in zip(lengths, kept, strict=True)]
     for name, pieces, tokens, block in (
         ("shares", room.shares[:shares], scored, room.grid.shares(B).block),
-        ("chunks", room.chunks[:chunks], kept, plan.MIN_CHUNK),
-        ("all chunks", room.all_chunks[:chunks], lengths, plan.MIN_CHUNK),
+        ("chunks", room.chunks[:chunks], kept, room.grid.min_chunk(B)),
+        ("all chunks", room.all_chunks[:chunks], lengths, room.grid.min_chunk(B)),
     ):
         first = 0
         for b, wanted in enumerate(tokens):
