@@ -13,14 +13,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hata_kernels.launch import FLOAT8_DTYPES, KV_DTYPES, check_tensor, dot, overlaps_launches, wait_for_previous
+from hata_kernels.launch import (
+    FLOAT8_DTYPES,
+    KV_DTYPES,
+    check_tensor,
+    dot,
+    overlaps_launches,
+    spreads_early,
+    wait_for_previous,
+)
 from hata_kernels.workspace import FEW_REQUESTS, PIECE, SLOT_BITS, DecodeWorkspace
 
 # Tokens whose keys and values a program loads at a time, up to head_dim 128, and its warps: over what is selected for
 # few requests, for more, and over all tokens. Long chunks gain from large loads, short ones from an early first load.
 # Few requests gain from few chunks, as adding them up is a fifth of their time.
 FEW, SHORT, LONG = (128, 4), (64, 4), (128, 8)
-STAGES = 3  # of the loop: slots are loaded two rounds ahead, keys and values one
+# Of the loop: slots are loaded two rounds ahead, keys and values one. For few requests, four and two, which takes so
+# much shared memory that a multiprocessor has room for one program (`launch.spreads_early`).
+FEW_STAGES, STAGES = 5, 3
 # Query rows of a tile: the fewest that tensor cores take.
 MIN_ROWS = 16
 # Chunks of a row that are added up at a time: the least of these that is enough, or the most; and the most elements of
@@ -227,7 +237,8 @@ def attend(
     if B == 0:
         return out
     BG, BDV = triton.next_power_of_2(G), triton.next_power_of_2(DV)
-    block, warps = LONG if everything else FEW if B <= FEW_REQUESTS else SHORT
+    few = B <= FEW_REQUESTS and not everything
+    block, warps = LONG if everything else FEW if few else SHORT
     most = FEW_CHUNKS if everything else max(FEW_CHUNKS, min(MANY_CHUNKS, SUMMANDS // (BG * BDV)))
     attend_kernel[(workspace.pieces(B)[1] * H,)](
         q,
@@ -259,7 +270,7 @@ def attend(
         SOME=min(SOME_CHUNKS, most),
         MANY=most,
         PIECE=PIECE,
-        STAGES=STAGES,
+        STAGES=FEW_STAGES if few and spreads_early(device) else STAGES,
         PDL=overlaps_launches(device),
         launch_pdl=overlaps_launches(device),
         num_warps=warps,

@@ -160,3 +160,12 @@ def multiprocessors(device: torch.device) -> int:
 def overlaps_launches(device: torch.device) -> bool:
     """Whether a GPU has programmatic dependent launch."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def spreads_early(device: torch.device) -> bool:
+    """Whether few large programs can begin early and yet be spread evenly: where a program may have more than half of a
+    multiprocessor's shared memory, 228 KB, one that does has it to itself."""
+    if not overlaps_launches(device):
+        return False
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 200 * 1024

@@ -203,7 +203,7 @@ def plan_step(seq_lens: Tensor, req_rows: Tensor, workspace: DecodeWorkspace, bu
         FULL_SHARE=FULL_SHARE_BLOCKS * shares.block,
         SHARE_BLOCK=shares.block,
         MAX_SHARE=shares.longest,
-        CHUNKS=grid.chunks,
+        CHUNKS=grid.chunks(B),
         CHUNK_BLOCK=grid.min_chunk(B),
         PIECE=PIECE,
         HAS_COSTS=costs is not None,

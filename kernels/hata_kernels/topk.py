@@ -24,6 +24,7 @@ from hata_kernels.launch import (
     luck_word,
     overlaps_launches,
     popcount,
+    spreads_early,
     wait_for_previous,
 )
 from hata_kernels.reference import MOST_LUCK, SAMPLED
@@ -248,7 +249,7 @@ def select_slots(slot_table: Tensor, workspace: DecodeWorkspace, batch: int, lay
         BC=COLUMNS,
         PIECE=PIECE,
         DRAWS=workspace.selection == SAMPLED,
-        NEXT=batch > FEW_REQUESTS,  # attention fares better on free multiprocessors if it has few programs
+        NEXT=batch > FEW_REQUESTS or spreads_early(workspace.device),
         PDL=overlap,
         launch_pdl=overlap,
         num_warps=1,

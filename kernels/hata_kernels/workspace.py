@@ -20,8 +20,9 @@ MAX_SHARE = 2**15 - 1
 # Tokens in the smallest piece of work of the attention kernel, for few requests and for more.
 FEW_MIN_CHUNK, MIN_CHUNK = 128, 64
 # Programs of the score kernel for every multiprocessor, where there is little to do and where there is much, and of the
-# attention kernel. A multiprocessor has room for more, but those that find no work cost the others time.
-FEW_SHARES, MANY_SHARES, CHUNKS = 1, 2, 2
+# attention kernel, for few requests and for more. A multiprocessor has room for more, but those that find no work cost
+# the others time.
+FEW_SHARES, MANY_SHARES, CHUNKS_OF_FEW, CHUNKS = 1, 2, 1, 2
 # Batches up to this size have few tokens to score and to attend to: the work is cut otherwise than for larger ones.
 FEW_REQUESTS = 3
 # Warps of the compaction, each a program, for every multiprocessor, which has room for 32.
@@ -66,15 +67,16 @@ class Grid:
 
     Attributes:
         few_requests, more_requests: the score kernel's, for batches up to FEW_REQUESTS and for larger ones.
-        head_block: KV heads that a program of it works on, a power of two.
-        chunks: programs of the attention kernel.
+        few_chunks, more_chunks: programs of the attention kernel.
+        head_block: KV heads that a program of the score kernel works on, a power of two.
         compact: programs of the compaction for each KV head.
     """
 
     few_requests: Shares
     more_requests: Shares
+    few_chunks: int
+    more_chunks: int
     head_block: int
-    chunks: int
     compact: int
 
     @classmethod
@@ -93,13 +95,17 @@ class Grid:
         return cls(
             few_requests=Shares(few, few, SCORE_WARPS, block(SCORE_WARPS)),
             more_requests=Shares(few, many, FEWER_WARPS, block(FEWER_WARPS)),
+            few_chunks=CHUNKS_OF_FEW * n,
+            more_chunks=CHUNKS * n,
             head_block=head_block,
-            chunks=CHUNKS * n,
             compact=compact,
         )
 
     def shares(self, batch: int) -> Shares:
         return self.few_requests if batch <= FEW_REQUESTS else self.more_requests
+
+    def chunks(self, batch: int) -> int:
+        return self.few_chunks if batch <= FEW_REQUESTS else self.more_chunks
 
     @staticmethod
     def min_chunk(batch: int) -> int:
@@ -108,7 +114,7 @@ class Grid:
     def pieces(self, kv_heads: int, batch: int, tokens: int) -> tuple[int, int]:
         """The most shares and chunks that `plan.plan_kernel` cuts a batch of so many requests and tokens into."""
         cut = self.shares(batch)
-        return max(cut.many, cut.few + batch) + tokens // cut.longest, -(-self.chunks // kv_heads) + batch
+        return max(cut.many, cut.few + batch) + tokens // cut.longest, -(-self.chunks(batch) // kv_heads) + batch
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ DTYPE_RATIO = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.INTERPRETED.value, "run with TRITON_INTERPRET=1"
     monkeypatch.setattr(workspace, "TILE_WORDS", 2)
-    for name, programs in (("FEW_SHARES", 5), ("MANY_SHARES", 13), ("CHUNKS", 11)):
+    for name, programs in (("FEW_SHARES", 5), ("MANY_SHARES", 13), ("CHUNKS_OF_FEW", 7), ("CHUNKS", 11)):
         monkeypatch.setattr(workspace, name, programs)
     monkeypatch.setattr(workspace, "COMPACT_PROGRAMS", 8)
     monkeypatch.setattr(plan, "FULL_SHARE_BLOCKS", 1)
@@ -286,7 +286,7 @@ def test_ties_at_the_cut_go_to_the_earliest() -> None:
 def test_results_do_not_depend_on_how_the_work_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for programs in (1, 7, 60):
-        for name, factor in (("FEW_SHARES", 1), ("MANY_SHARES", 2), ("CHUNKS", 3)):
+        for name, factor in (("FEW_SHARES", 1), ("MANY_SHARES", 2), ("CHUNKS_OF_FEW", 3)):
             monkeypatch.setattr(workspace, name, factor * programs)
         case = make_case(
             [130, 77],
