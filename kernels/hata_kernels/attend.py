@@ -240,7 +240,7 @@ def attend(
     few = B <= FEW_REQUESTS and not everything
     block, warps = LONG if everything else FEW if few else SHORT
     most = FEW_CHUNKS if everything else max(FEW_CHUNKS, min(MANY_CHUNKS, SUMMANDS // (BG * BDV)))
-    attend_kernel[(workspace.pieces(B)[1] * H,)](
+    attend_kernel[(workspace.pieces(B)[2 if everything else 1] * H,)](
         q,
         k_pool,
         v_pool,

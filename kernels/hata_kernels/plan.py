@@ -70,7 +70,7 @@ def pieces_of(b_tokens, heads, batch, few, many, full, block, most):
 SETTINGS = ("tokens", "share_ppm", "floor", "min_context", "attend", "score", "fixed")
 
 
-@triton.jit(do_not_specialize=["batch", "n_shares", "n_chunks", *SETTINGS])
+@triton.jit(do_not_specialize=["batch", "n_shares", "n_chunks", "n_all_chunks", *SETTINGS])
 def plan_kernel(
     seq_lens,
     req_rows,
@@ -81,6 +81,7 @@ def plan_kernel(
     batch,
     n_shares,
     n_chunks,
+    n_all_chunks,
     tokens,
     share_ppm,
     floor,
@@ -97,6 +98,7 @@ def plan_kernel(
     SHARE_BLOCK: tl.constexpr,
     MAX_SHARE: tl.constexpr,
     CHUNKS: tl.constexpr,
+    ALL_CHUNKS: tl.constexpr,
     CHUNK_BLOCK: tl.constexpr,
     PIECE: tl.constexpr,
     HAS_COSTS: tl.constexpr,
@@ -118,8 +120,9 @@ def plan_kernel(
     i_list = tl.program_id(1)
     b_tokens = tl.where(i_list == 0, b_scored, tl.where(i_list == 1, b_kept, b_length))
     heads = tl.where(i_list == 0, 1, H)
-    few = tl.where(i_list == 0, FEW_SHARES, CHUNKS)
-    many = tl.where(i_list == 0, MANY_SHARES, CHUNKS)
+    chunks_wanted = tl.where(i_list == 1, CHUNKS, ALL_CHUNKS)
+    few = tl.where(i_list == 0, FEW_SHARES, chunks_wanted)
+    many = tl.where(i_list == 0, MANY_SHARES, chunks_wanted)
     block = tl.where(i_list == 0, SHARE_BLOCK, CHUNK_BLOCK)
     most = tl.where(i_list == 0, MAX_SHARE, 1 << 30)
     b_pieces = pieces_of(b_tokens, heads, batch, few, many, FULL_SHARE, block, most)
@@ -139,7 +142,7 @@ def plan_kernel(
     else:
         p_piece = all_chunks
     p_piece += o_item * PIECE
-    m_item = o_item < tl.where(i_list == 0, n_shares, n_chunks)
+    m_item = o_item < tl.where(i_list == 0, n_shares, tl.where(i_list == 1, n_chunks, n_all_chunks))
     tl.store(p_piece, b_request, mask=m_item)
     tl.store(p_piece + 1, of_request(m_one, b_row), mask=m_item)
     tl.store(p_piece + 2, b_number * b_size, mask=m_item)
@@ -175,10 +178,10 @@ def plan_step(seq_lens: Tensor, req_rows: Tensor, workspace: DecodeWorkspace, bu
     if B == 0:
         return
     costs, grid, shares = budget.costs, workspace.grid, workspace.grid.shares(B)
-    n_shares, n_chunks = workspace.pieces(B)
+    n_shares, n_chunks, n_all_chunks = workspace.pieces(B)
     BB = workspace.batch_block(B)
     BI = max(FEWEST, MATRIX // BB)
-    plan_kernel[(triton.cdiv(max(n_shares, n_chunks), BI), 3)](
+    plan_kernel[(triton.cdiv(max(n_shares, n_chunks, n_all_chunks), BI), 3)](
         seq_lens,
         req_rows,
         workspace.kept,
@@ -188,6 +191,7 @@ def plan_step(seq_lens: Tensor, req_rows: Tensor, workspace: DecodeWorkspace, bu
         B,
         n_shares,
         n_chunks,
+        n_all_chunks,
         budget.tokens,
         budget.share_ppm,
         budget.floor,
@@ -203,7 +207,8 @@ def plan_step(seq_lens: Tensor, req_rows: Tensor, workspace: DecodeWorkspace, bu
         FULL_SHARE=FULL_SHARE_BLOCKS * shares.block,
         SHARE_BLOCK=shares.block,
         MAX_SHARE=shares.longest,
-        CHUNKS=grid.chunks(B),
+        CHUNKS=grid.selected_chunks(B),
+        ALL_CHUNKS=grid.chunks,
         CHUNK_BLOCK=grid.min_chunk(B),
         PIECE=PIECE,
         HAS_COSTS=costs is not None,

@@ -20,9 +20,9 @@ MAX_SHARE = 2**15 - 1
 # Tokens in the smallest piece of work of the attention kernel, for few requests and for more.
 FEW_MIN_CHUNK, MIN_CHUNK = 128, 64
 # Programs of the score kernel for every multiprocessor, where there is little to do and where there is much, and of the
-# attention kernel, for few requests and for more. A multiprocessor has room for more, but those that find no work cost
-# the others time.
-FEW_SHARES, MANY_SHARES, CHUNKS_OF_FEW, CHUNKS = 1, 2, 1, 2
+# attention kernel, over what is selected for few requests and otherwise. A multiprocessor has room for more, but those
+# that find no work cost the others time.
+FEW_SHARES, MANY_SHARES, FEW_CHUNKS, CHUNKS = 1, 2, 1, 2
 # Batches up to this size have few tokens to score and to attend to: the work is cut otherwise than for larger ones.
 FEW_REQUESTS = 3
 # Warps of the compaction, each a program, for every multiprocessor, which has room for 32.
@@ -67,7 +67,7 @@ class Grid:
 
     Attributes:
         few_requests, more_requests: the score kernel's, for batches up to FEW_REQUESTS and for larger ones.
-        few_chunks, more_chunks: programs of the attention kernel.
+        few_chunks, chunks: programs of the attention kernel.
         head_block: KV heads that a program of the score kernel works on, a power of two.
         compact: programs of the compaction for each KV head.
     """
@@ -75,7 +75,7 @@ class Grid:
     few_requests: Shares
     more_requests: Shares
     few_chunks: int
-    more_chunks: int
+    chunks: int
     head_block: int
     compact: int
 
@@ -95,8 +95,8 @@ class Grid:
         return cls(
             few_requests=Shares(few, few, SCORE_WARPS, block(SCORE_WARPS)),
             more_requests=Shares(few, many, FEWER_WARPS, block(FEWER_WARPS)),
-            few_chunks=CHUNKS_OF_FEW * n,
-            more_chunks=CHUNKS * n,
+            few_chunks=FEW_CHUNKS * n,
+            chunks=CHUNKS * n,
             head_block=head_block,
             compact=compact,
         )
@@ -104,17 +104,20 @@ class Grid:
     def shares(self, batch: int) -> Shares:
         return self.few_requests if batch <= FEW_REQUESTS else self.more_requests
 
-    def chunks(self, batch: int) -> int:
-        return self.few_chunks if batch <= FEW_REQUESTS else self.more_chunks
+    def selected_chunks(self, batch: int) -> int:
+        return self.few_chunks if batch <= FEW_REQUESTS else self.chunks
 
     @staticmethod
     def min_chunk(batch: int) -> int:
         return FEW_MIN_CHUNK if batch <= FEW_REQUESTS else MIN_CHUNK
 
-    def pieces(self, kv_heads: int, batch: int, tokens: int) -> tuple[int, int]:
-        """The most shares and chunks that `plan.plan_kernel` cuts a batch of so many requests and tokens into."""
+    def pieces(self, kv_heads: int, batch: int, tokens: int) -> tuple[int, int, int]:
+        """The most shares, chunks and chunks of all tokens that `plan.plan_kernel` cuts a batch of so many requests and
+        tokens into."""
         cut = self.shares(batch)
-        return max(cut.many, cut.few + batch) + tokens // cut.longest, -(-self.chunks(batch) // kv_heads) + batch
+        shares = max(cut.many, cut.few + batch) + tokens // cut.longest
+        chunks, all_chunks = (-(-n // kv_heads) + batch for n in (self.selected_chunks(batch), self.chunks))
+        return shares, chunks, all_chunks
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,8 @@ class DecodeWorkspace:
         bins = bins_of(G, bits, scoring)
         grid = Grid.of(kv_heads, W, bins, device)
         rows = max_batch * kv_heads
-        shares, chunks = grid.pieces(kv_heads, max_batch, max_batch * max_context)
+        shares, *chunk_lists = grid.pieces(kv_heads, max_batch, max_batch * max_context)
+        chunks = max(chunk_lists)
         # Whole blocks are written and read, beyond the last token too.
         block = max(grid.few_requests.block, grid.more_requests.block)
         stride = -(-max_context // block) * block
@@ -244,8 +248,8 @@ class DecodeWorkspace:
     def device(self) -> torch.device:
         return self.ranks.device
 
-    def pieces(self, batch: int) -> tuple[int, int]:
-        """The most shares and chunks of a step of ``batch`` requests."""
+    def pieces(self, batch: int) -> tuple[int, int, int]:
+        """The most shares, chunks and chunks of all tokens of a step of ``batch`` requests."""
         return self.grid.pieces(self.kv_heads, batch, batch * self.max_context)
 
     def batch_block(self, batch: int) -> int:

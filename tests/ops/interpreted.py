@@ -35,7 +35,7 @@ DTYPE_RATIO = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.INTERPRETED.value, "run with TRITON_INTERPRET=1"
     monkeypatch.setattr(workspace, "TILE_WORDS", 2)
-    for name, programs in (("FEW_SHARES", 5), ("MANY_SHARES", 13), ("CHUNKS_OF_FEW", 7), ("CHUNKS", 11)):
+    for name, programs in (("FEW_SHARES", 5), ("MANY_SHARES", 13), ("FEW_CHUNKS", 7), ("CHUNKS", 11)):
         monkeypatch.setattr(workspace, name, programs)
     monkeypatch.setattr(workspace, "COMPACT_PROGRAMS", 8)
     monkeypatch.setattr(plan, "FULL_SHARE_BLOCKS", 1)
@@ -213,12 +213,12 @@ def test_a_plan_hands_out_every_token_once(seed: int) -> None:
     plan_step(torch.tensor(lengths), rows, room, rule)
     kept = rule.plan(torch.tensor(lengths)).tolist()
     assert room.kept[:B].tolist() == kept
-    shares, chunks = room.pieces(B)
+    shares, chunks, all_chunks = room.pieces(B)
     scored = [length if k < length else 0 for length, k in zip(lengths, kept, strict=True)]
     for name, pieces, tokens, block in (
         ("shares", room.shares[:shares], scored, room.grid.shares(B).block),
         ("chunks", room.chunks[:chunks], kept, room.grid.min_chunk(B)),
-        ("all chunks", room.all_chunks[:chunks], lengths, room.grid.min_chunk(B)),
+        ("all chunks", room.all_chunks[:all_chunks], lengths, room.grid.min_chunk(B)),
     ):
         first = 0
         for b, wanted in enumerate(tokens):
@@ -286,7 +286,7 @@ def test_ties_at_the_cut_go_to_the_earliest() -> None:
 def test_results_do_not_depend_on_how_the_work_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for programs in (1, 7, 60):
-        for name, factor in (("FEW_SHARES", 1), ("MANY_SHARES", 2), ("CHUNKS_OF_FEW", 3)):
+        for name, factor in (("FEW_SHARES", 1), ("MANY_SHARES", 2), ("FEW_CHUNKS", 3), ("CHUNKS", 4)):
             monkeypatch.setattr(workspace, name, factor * programs)
         case = make_case(
             [130, 77],
