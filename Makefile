@@ -37,7 +37,7 @@ check: install
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations 10
 
 test-families: install
 	$(BIN)/python -m pytest --all-families tests/plugin/test_families.py

@@ -11,8 +11,6 @@ def section(topic: str, start: int, length: int) -> str:
 # Prompts of about 500 to 3,000 tokens, each of another document.
 PROMPTS = [
     section("assignment", 0, 2_400) + "\n\nIn one sentence, an assignment",
-    section("types", 3_000, 3_500) + "\n\nIn one sentence, an immutable sequence",
     section("formatstrings", 1_000, 5_000) + "\n\nIn one sentence, a format string",
-    section("compound", 10_000, 7_500) + "\n\nIn one sentence, the match statement",
     section("specialnames", 20_000, 11_600) + "\n\nIn one sentence, a descriptor",
 ]

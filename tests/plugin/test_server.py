@@ -206,13 +206,3 @@ def run_example(name: str, *arguments: str) -> str:
     done = subprocess.run([*python, *program], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
-
-
-def test_one_sided_scores_choose_as_specified(model: Path) -> None:
-    flags = ["--hata", "--hata-budget", str(BUDGET), "--hata-scoring", "one-sided", "--hata-sink", "4"]
-    with serving(model, *flags, "--hata-recent", "16", "--max-total-tokens", "4096", *VERIFY) as server:
-        server.generate(QUESTIONS[0], 4)
-        state = server.hata()
-        assert state["scoring"] == "one-sided" and state["selections_checked"] > 0
-        assert 0 < state["tokens_attended"] < 0.5 * state["tokens_seen"]
-        assert_codes_and_selections_right(server)
