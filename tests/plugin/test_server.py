@@ -86,7 +86,8 @@ QUESTIONS = [DOCUMENT + f"\n\nQuestion: {question}\nAnswer:" for question in ("W
 def small(model: Path) -> Iterator[Server]:
     """A small budget, chunked and mixed prefill, forced retraction, and a pool that two documents fill."""
     flags = ["--hata", "--hata-budget", str(BUDGET), "--hata-min-context", str(MIN_CONTEXT), "--hata-sink", "4"]
-    flags += ["--hata-recent", "16", "--max-total-tokens", "4096", "--enable-mixed-chunk"]
+    flags += ["--hata-recent", "16", "--hata-scoring", "one-sided"]
+    flags += ["--max-total-tokens", "4096", "--enable-mixed-chunk"]
     # With overlap, a GPU runs a step past the end of each request, and counts it.
     flags += ["--chunked-prefill-size", "512", "--disable-overlap-schedule"]
     with serving(model, *flags, *VERIFY, environment={"SGLANG_TEST_RETRACT": "1"}) as server:
@@ -106,9 +107,12 @@ def assert_codes_and_selections_right(server: Server) -> None:
 
 def test_server_info_says_what_is_active(small: Server) -> None:
     state = small.hata()
-    assert {name: state[name] for name in ("budget", "bits", "dense_layers", "sink", "recent", "min_context")} == {
+    assert {
+        name: state[name] for name in ("budget", "bits", "scoring", "dense_layers", "sink", "recent", "min_context")
+    } == {
         "budget": "128",
         "bits": 128,
+        "scoring": "one-sided",
         "dense_layers": 0,
         "sink": 4,
         "recent": 16,
