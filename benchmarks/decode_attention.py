@@ -5,8 +5,12 @@
 Every result is checked against the specification before it is timed; a wrong one stops the benchmark. A CUDA graph
 runs the step over as many layers as it takes for each to find the caches cold, as between the layers of a model, and
 is replayed; times are medians for one layer. Beside each stands its floor: the fewest bytes that the step must read
-(codes, selected keys and values) over the GPU's memory bandwidth, measured in the same run. Writes
-benchmarks/results/decode_attention-GPU.json and a plot.
+(codes, selected keys and values) over the GPU's memory bandwidth, measured in the same run.
+
+Attention is timed once more as a server runs it, between the matrix products of a model's layers: what they add to the
+products alone. Then no launch starts during the layer before, and what all layers read is in no cache either.
+
+Writes benchmarks/results/decode_attention-GPU.json and a plot.
 """
 
 from __future__ import annotations
@@ -33,6 +37,9 @@ SINK, RECENT = HataConfig.sink, HataConfig.recent
 COLD_BYTES = 256 * 2**20  # read between two visits of the same layer: five times the L2 cache of an H100
 REPLAYS = 30
 POOL_BYTES = 40 * 2**30
+# Inputs and outputs of what lies between the attention of two layers of Llama-3.1-8B: the output projection, the MLP's
+# two products, and the next layer's queries, keys and values. So many layers have weights of their own.
+PRODUCTS, PRODUCT_LAYERS = ((4096, 4096), (4096, 28_672), (14_336, 4096), (4096, 6144)), 4
 
 
 class Case(NamedTuple):
@@ -66,8 +73,8 @@ class Case(NamedTuple):
 
     @property
     def floor_bytes(self) -> int:
-        """Bytes of all codes, and of the selected keys and values."""
-        codes = self.bits // 8 * self.kv_heads * self.batch * self.context
+        """Bytes of all codes, where there is something to select, and of the selected keys and values."""
+        codes = self.bits // 8 * self.kv_heads * self.batch * self.context * (self.kept < self.context)
         return codes + self.bytes_read(self.kept / self.context)
 
 
@@ -95,6 +102,12 @@ FORMS = [
     Case(32_768, 8, budget="2048"),
     Case(32_768, 8, budget="8192"),
 ]
+# Nothing is selected: what it costs to have HATA turned on.
+WHOLE = [
+    Case(context, batch, budget=str(context))
+    for context, batch in ((1024, 1), (1024, 8), (1024, 32), (1024, 64), (4096, 1), (2048, 32))
+]
+CASES = {"table": TABLE, "growth": GROWTH, "forms": FORMS, "whole": WHOLE}
 
 
 @dataclass
@@ -200,7 +213,7 @@ class Layers:
             "attend": lambda i: attend.attend(self.q, self.k_pools[i], self.v_pools[i], table, w, self.scale, self.out),
         }
 
-    def stage_times(self) -> dict[str, float]:
+    def stage_times(self, products: Products | None = None) -> dict[str, float]:
         """What each stage adds to those before it, so that the launches overlap as they do in a step."""
         times: dict[str, float] = {}
         launches: list[Callable[[int], Any]] = []
@@ -211,7 +224,7 @@ class Layers:
                 for each in launches:
                     each(i)
 
-            times[name] = microseconds(so_far, len(self.k_pools)) - sum(times.values())
+            times[name] = microseconds(so_far, len(self.k_pools), products) - sum(times.values())
         return times
 
     def dense(self) -> Iterator[Callable[[int], Any]]:
@@ -282,24 +295,48 @@ class Layers:
             assert error < 1e-2, f"{case}: relative error {error:.1e} of KV head {h}'s attention"
 
 
-def microseconds(work: Callable[[int], Any], layers: int) -> float:
-    """Median time of one layer, over replays of a graph of all of them."""
-    work(0)
+class Products:
+    """The matrix products between the attention of two layers of a model."""
+
+    def __init__(self, batch: int) -> None:
+        normal = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+        self.inputs = [normal(batch, size) for size, _ in PRODUCTS]
+        self.weights = [[normal(out, size) for size, out in PRODUCTS] for _ in range(PRODUCT_LAYERS)]
+
+    def __call__(self, i: int) -> None:
+        for x, weight in zip(self.inputs, self.weights[i % PRODUCT_LAYERS], strict=True):
+            torch.nn.functional.linear(x, weight)
+
+
+def graph_of(layers: int, *work: Callable[[int], Any]) -> torch.cuda.CUDAGraph:
+    for each in work:
+        each(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for i in range(layers):
-            work(i)
-    times = []
+            for each in work:
+                each(i)
+    return graph
+
+
+def microseconds(work: Callable[[int], Any], layers: int, products: Products | None = None) -> float:
+    """Median time of one layer, over replays of a graph of all of them; with ``products``, what it adds to them."""
+    graphs = [graph_of(layers, work)]
+    if products is not None:
+        graphs = [graph_of(layers, products, work), graph_of(layers, products)]
+    times: list[list[float]] = [[] for _ in graphs]
     for replay in range(REPLAYS + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if replay >= 3:
-            times.append(start.elapsed_time(end) * 1e3 / layers)
-    return statistics.median(times)
+        for graph, of_graph in zip(graphs, times, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if replay >= 3:
+                of_graph.append(start.elapsed_time(end) * 1e3 / layers)
+    with_work, *without = map(statistics.median, times)
+    return with_work - sum(without)
 
 
 def measure(case: Case, bandwidth: float, scattered: bool, dense: bool) -> dict[str, Any]:
@@ -309,7 +346,13 @@ def measure(case: Case, bandwidth: float, scattered: bool, dense: bool) -> dict[
     n = len(layers.k_pools)
     hata = microseconds(layers.step, n)
     stages = layers.stage_times() | {"plan": microseconds(lambda _: layers.plan(), n)}
-    dense_us = min(microseconds(work, n) for work in layers.dense()) if dense else None
+    products = Products(case.batch)
+    in_model = {"hata": microseconds(layers.step, n, products)}
+    stages_in_model = layers.stage_times(products)
+    dense_us = None
+    if dense:
+        dense_us = min(microseconds(work, n) for work in layers.dense())
+        in_model["dense"] = min(microseconds(work, n, products) for work in layers.dense())
     return {
         **case._asdict(),
         "kept": case.kept,
@@ -322,6 +365,8 @@ def measure(case: Case, bandwidth: float, scattered: bool, dense: bool) -> dict[
         "dense_floor_us": case.bytes_read() / bandwidth,
         "bytes": {"dense": case.bytes_read(), "hata": case.floor_bytes},
         "stages_us": stages,
+        "in_model_us": in_model,
+        "stages_in_model_us": stages_in_model,
     }
 
 
@@ -329,20 +374,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--cases",
-        choices=("table", "growth", "forms", "all"),
+        choices=(*CASES, "all"),
         default="all",
-        help="table: the README's; growth: 4K to 1M tokens; forms: other heads, codes and budgets (default: all)",
+        help="table: the README's; growth: 4K to 1M tokens; forms: other heads, codes and budgets; whole: nothing is "
+        "selected (default: all)",
     )
     parser.add_argument("--scattered", action="store_true", help="slots in random order, not as first allocated")
     parser.add_argument("--no-dense", action="store_true", help="leave out dense attention (and FlashInfer)")
     args = parser.parse_args()
-    cases = {"table": TABLE, "growth": GROWTH, "forms": FORMS, "all": TABLE + GROWTH + FORMS}[args.cases]
+    cases = [case for name in CASES if args.cases in (name, "all") for case in CASES[name]]
     bandwidth = memory_bandwidth() / 1e6
     report = header("decode_attention") | {"rows": []}
     print(f"{report['gpu']}, one layer, memory bandwidth {bandwidth / 1e6:.2f} TB/s")
     print(
         "context batch  heads  D bits budget score     select  |"
-        "  dense    HATA  ratio  floor |  hash score select attend  plan"
+        "  dense    HATA  ratio  floor |  hash score select attend  plan | in a model:  dense    HATA"
     )
     for case in cases:
         row = measure(case, bandwidth, args.scattered, not args.no_dense)
@@ -352,7 +398,8 @@ def main() -> None:
         form = f"{case.q_heads:3}/{case.kv_heads:<2} {case.head_dim:3} {case.bits:4} {case.budget:>6} "
         form += f"{case.scoring:9} {case.selection:7}"
         times = f"{dense:6.1f} {row['hata_us']:7.1f} {ratio:6.2f} {row['floor_us']:6.1f}"
-        print(f"{case.context:7} {case.batch:5} {form} | {times} | {stages}", flush=True)
+        in_model = f"{row['in_model_us'].get('dense', float('nan')):18.1f} {row['in_model_us']['hata']:7.1f}"
+        print(f"{case.context:7} {case.batch:5} {form} | {times} | {stages} | {in_model}", flush=True)
         torch.cuda.empty_cache()
     if args.no_dense:
         return

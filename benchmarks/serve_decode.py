@@ -55,6 +55,7 @@ VOCABULARY = 32_000
 PAGE = 64  # tokens that a prefix hit may lack of a whole prompt
 FEW, MANY = 16, 144
 PREFILL_CONTEXT, PREFILLS = 32_768, 5
+QUESTION = 256  # new tokens behind a cached prefix
 
 
 def main() -> None:
@@ -63,7 +64,9 @@ def main() -> None:
         "--case", action="append", type=parse_case, metavar="CONTEXTxBATCH", help="instead of the shape's"
     )
     parser.add_argument("--small", action="store_true", help="1K to 32K tokens by 1, 8 and 32 requests")
-    parser.add_argument("--prefill", action="store_true", help="time to the first token of 32K uncached tokens as well")
+    parser.add_argument(
+        "--prefill", action="store_true", help="time to the first token of 32K tokens as well, uncached and cached"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="pairs of a short and a long generation (default: 5)")
     add_server_options(parser)
     args = parser.parse_args()
@@ -78,7 +81,7 @@ def main() -> None:
     report |= {"startup_s": {args.shape: {}}, "rows": []}
 
     dense: dict[Case, float] = {}
-    prefill: dict[str, float] = {}
+    prefill: dict[str, Any] = {}
     for mode, flags in server_flags(args).items():
         with serving(args.shape, max_batch, ["--skip-tokenizer-init", *flags]) as (server, _, seconds):
             report["startup_s"][args.shape][mode] = seconds
@@ -98,11 +101,11 @@ def main() -> None:
                 # After every case: a run that is cut short has lost nothing.
                 write_rows(path, report, lambda row: (row["shape"], row["context"], row["batch"]))
             if args.prefill:
-                prefill[mode] = time_to_first_token(server)
+                prefill[f"{mode}_ms"] = time_to_first_token(server)
+                prefill[f"{mode}_cached_ms"] = time_to_first_token(server, QUESTION)
     if args.prefill:
-        times = {f"{mode}_ms": ms for mode, ms in prefill.items()}
-        ratio = prefill["dense"] / prefill["hata"]
-        report["prefill"] = {args.shape: {"context": PREFILL_CONTEXT, **times, "ratio": ratio}}
+        prefill |= {"context": PREFILL_CONTEXT, "new": QUESTION, "ratio": prefill["dense_ms"] / prefill["hata_ms"]}
+        report["prefill"] = {args.shape: prefill}
     write_rows(path, report, lambda row: (row["shape"], row["context"], row["batch"]))
     print(path)
     report = json.loads(path.read_text())
@@ -167,14 +170,18 @@ def time_per_token(server: httpx.Client, context: int, batch: int, repeats: int)
     return statistics.median(times)
 
 
-def time_to_first_token(server: httpx.Client) -> float:
-    """Median milliseconds until the first token after a prompt that nothing is cached of."""
+def time_to_first_token(server: httpx.Client, new: int = PREFILL_CONTEXT) -> float:
+    """Median milliseconds until the first token after a prompt of which all but ``new`` tokens are cached."""
     rng = random.Random(0)
+    shared = random_tokens(rng, PREFILL_CONTEXT - new)
+    flush_cache(server)
     times = []
-    for _ in range(1 + PREFILLS):
-        flush_cache(server)
-        times.append(1e3 * generate(server, [random_tokens(rng, PREFILL_CONTEXT)], 1))
-    return statistics.median(times[1:])  # in the first, kernels may still be compiled
+    for i in range(1 + PREFILLS):
+        if not shared:
+            flush_cache(server)
+        cached = len(shared) - PAGE if i else 0
+        times.append(1e3 * generate(server, [shared + random_tokens(rng, new)], 1, cached))
+    return statistics.median(times[1:])  # in the first, kernels may still be compiled, and nothing is cached
 
 
 def random_tokens(rng: random.Random, count: int) -> list[int]:
@@ -232,10 +239,14 @@ def table(report: dict[str, Any]) -> None:
     for shape, seconds in report["startup_s"].items():
         print(f"{shape}: healthy after {seconds['dense']:.0f} s dense, {seconds['hata']:.0f} s with HATA")
     for shape, times in report.get("prefill", {}).items():
-        print(
-            f"{shape}: first token of {times['context']} uncached ones after {times['dense_ms']:.0f} ms dense", end=""
-        )
-        print(f", {times['hata_ms']:.0f} ms with HATA")
+        first = f"{shape}: first token of {times['context']} tokens after"
+        print(f"{first} {times['dense_ms']:.0f} ms dense, {times['hata_ms']:.0f} ms with HATA, none cached", end="")
+        if "new" in times:
+            print(
+                f"; {times['dense_cached_ms']:.1f} and {times['hata_cached_ms']:.1f} ms, all but {times['new']} cached",
+                end="",
+            )
+        print()
 
 
 def draw(report: dict[str, Any]) -> None:
