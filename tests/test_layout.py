@@ -1,5 +1,6 @@
 """The shape of the distribution: what it ships, what shadows what, who imports whom."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -75,3 +76,11 @@ import sys, hata_kernels.reference, hata_kernels.decode, hata_weights.artifact, 
 print({"sglang", "sglang_hata", "hata_rag"} & set(sys.modules))
 """
     assert python(code) == "set()"
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    tracked = subprocess.check_output(["git", "-C", str(ROOT), "ls-files", "*.md"], text=True).splitlines()
+    links = [(name, link) for name in tracked for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / name).read_text())]
+    relative = [(name, link.partition("#")[0]) for name, link in links if "://" not in link and link[0] != "#"]
+    assert len(relative) > 20
+    assert [(name, link) for name, link in relative if not (ROOT / name).parent.joinpath(link).exists()] == []

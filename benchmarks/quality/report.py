@@ -232,7 +232,9 @@ def write_docs(reports: Iterable[dict[str, Any]]) -> None:
     for report in reports:
         rows = report["rows"]
         versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items() if number)
-        parts += [f"## {report['model']}", summary(rows), f"![Quality against tokens read](../{image(report)})"]
+        parts += [f"## {report['model']}", summary(rows)]
+        if (ROOT / image(report)).exists():
+            parts.append(f"![Quality against tokens read](../{image(report)})")
         if note := report.get("note"):
             parts.append(note)
         if checked := floors(rows):
