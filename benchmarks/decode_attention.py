@@ -274,7 +274,8 @@ class Layers:
         planes = reference.query_planes(weights, reference.magnitudes(case.q_heads // H, case.scoring))
         slots = self.slot_table[b].long()
         octaves = reference.octaves(weights)
-        lucky = reference.luck(case.context, 0, "cuda") * (case.selection == reference.SAMPLED)
+        draws = case.selection == reference.SAMPLED and case.kept < case.context
+        lucky = reference.luck(case.context, 0, "cuda") * draws
         for h in range(H):
             codes = self.codes[0][slots, h : h + 1]
             distance = reference.distances(planes[h : h + 1], codes)

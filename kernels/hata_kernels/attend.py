@@ -25,18 +25,20 @@ from hata_kernels.launch import (
 from hata_kernels.workspace import FEW_REQUESTS, PIECE, SLOT_BITS, DecodeWorkspace
 
 # Tokens whose keys and values a program loads at a time, up to head_dim 128, and its warps: over what is selected for
-# few requests, for more, and over all tokens. Long chunks gain from large loads, short ones from an early first load.
-# Few requests gain from few chunks, as adding them up is a fifth of their time.
+# few requests, for more, and over all tokens or lists that are not cut (`Grid.has_long_chunks`). Long chunks gain from
+# large loads, short ones from an early first load. Few requests gain from few chunks, as adding them up is a fifth of
+# their time.
 FEW, SHORT, LONG = (128, 4), (64, 4), (128, 8)
 # Of the loop: slots are loaded two rounds ahead, keys and values one. For few requests, four and two, which takes so
 # much shared memory that a multiprocessor has room for one program (`launch.spreads_early`).
 FEW_STAGES, STAGES = 5, 3
 # Query rows of a tile: the fewest that tensor cores take.
 MIN_ROWS = 16
-# Chunks of a row that are added up at a time: the least of these that is enough, or the most; and the most elements of
-# them, 128 registers of each thread.
-FEW_CHUNKS, SOME_CHUNKS, MANY_CHUNKS = 8, 16, 32
-SUMMANDS = 128 * 32 * SHORT[1]
+# Chunks of a row that are added up at a time, for few requests and for more, whose rows have few chunks; and the most
+# elements of them, 128 registers of each thread. One form a kernel: what is compiled into it takes registers from all
+# programs, and instructions that are in no cache by the time a model's matrix products are done.
+FEW_ADDED, ADDED = 16, 8
+SUMMANDS = 128 * 32 * FEW[1]
 BITS_OF_SLOT, SLOT_MASK = tl.constexpr(SLOT_BITS), tl.constexpr((1 << SLOT_BITS) - 1)
 LOG2_E = 1.4426950408889634
 
@@ -115,9 +117,7 @@ def attend_kernel(
     BG: tl.constexpr,
     BM: tl.constexpr,
     BT: tl.constexpr,
-    FEW: tl.constexpr,
-    SOME: tl.constexpr,
-    MANY: tl.constexpr,
+    BC: tl.constexpr,
     PIECE: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
@@ -183,12 +183,7 @@ def attend_kernel(
     tl.debug_barrier()
     tl.store(arrivals + i_row, 0)
 
-    if n_chunks > SOME:
-        add_up(out, partial, partial_lse, i_row, i_slot, n_chunks, G, DV, BG, BDV, MANY)
-    elif n_chunks > FEW:
-        add_up(out, partial, partial_lse, i_row, i_slot, n_chunks, G, DV, BG, BDV, SOME)
-    else:
-        add_up(out, partial, partial_lse, i_row, i_slot, n_chunks, G, DV, BG, BDV, FEW)
+    add_up(out, partial, partial_lse, i_row, i_slot, n_chunks, G, DV, BG, BDV, BC)
 
 
 def attend(
@@ -238,8 +233,8 @@ def attend(
         return out
     BG, BDV = triton.next_power_of_2(G), triton.next_power_of_2(DV)
     few = B <= FEW_REQUESTS and not everything
-    block, warps = LONG if everything else FEW if few else SHORT
-    most = FEW_CHUNKS if everything else max(FEW_CHUNKS, min(MANY_CHUNKS, SUMMANDS // (BG * BDV)))
+    long = everything or (not few and workspace.grid.has_long_chunks(H, B))
+    block, warps = LONG if long else FEW if few else SHORT
     attend_kernel[(workspace.pieces(B)[2 if everything else 1] * H,)](
         q,
         k_pool,
@@ -266,9 +261,7 @@ def attend(
         BG=BG,
         BM=max(MIN_ROWS, BG),
         BT=block if D <= 128 else block // 2,
-        FEW=FEW_CHUNKS,
-        SOME=min(SOME_CHUNKS, most),
-        MANY=most,
+        BC=max(ADDED, min(FEW_ADDED, SUMMANDS // (BG * BDV))) if few else ADDED,
         PIECE=PIECE,
         STAGES=FEW_STAGES if few and spreads_early(device) else STAGES,
         PDL=overlaps_launches(device),

@@ -340,12 +340,11 @@ def hash_decode_step(
 
     q, k, v = aligned(q), aligned(k), aligned(v)
     BG = triton.next_power_of_2(G + 1)
-    rows = FEW_ROWS if B * BG <= 4 * FEW_ROWS else MANY_ROWS
-    BR = max(1, rows // BG)
+    BR = max(1, FEW_ROWS // BG)
     one_sided = workspace.scoring == ONE_SIDED
     # A small batch is bound by latency: one word of bits a program spreads it over more multiprocessors. One-sided
     # weights are rounded by the largest of all bits.
-    BW = bits // WORD_BITS if one_sided else 1 if rows == FEW_ROWS else min(bits, 128) // WORD_BITS
+    BW = bits // WORD_BITS if one_sided else 1 if B * BG <= 4 * FEW_ROWS else min(bits, 128) // WORD_BITS
     BD = triton.next_power_of_2(D)
     hash_decode_step_kernel[(triton.cdiv(B, BR), H, 2 * (bits // WORD_BITS // BW))](
         q,
@@ -383,5 +382,5 @@ def hash_decode_step(
         STORE_KV=store_kv,
         PDL=overlaps_launches(q.device),
         launch_pdl=overlaps_launches(q.device),
-        num_warps=8 if one_sided or (rows == MANY_ROWS and BD == 256) else 4,
+        num_warps=8 if one_sided else 4,
     )

@@ -207,7 +207,7 @@ def plan_step(seq_lens: Tensor, req_rows: Tensor, workspace: DecodeWorkspace, bu
         FULL_SHARE=FULL_SHARE_BLOCKS * shares.block,
         SHARE_BLOCK=shares.block,
         MAX_SHARE=shares.longest,
-        CHUNKS=grid.selected_chunks(B),
+        CHUNKS=grid.selected_chunks(workspace.kv_heads, B),
         ALL_CHUNKS=grid.chunks,
         CHUNK_BLOCK=grid.min_chunk(B),
         PIECE=PIECE,

@@ -20,9 +20,9 @@ MAX_SHARE = 2**15 - 1
 # Tokens in the smallest piece of work of the attention kernel, for few requests and for more.
 FEW_MIN_CHUNK, MIN_CHUNK = 128, 64
 # Programs of the score kernel for every multiprocessor, where there is little to do and where there is much, and of the
-# attention kernel, over what is selected for few requests and otherwise. A multiprocessor has room for more, but those
-# that find no work cost the others time.
-FEW_SHARES, MANY_SHARES, FEW_CHUNKS, CHUNKS = 1, 2, 1, 2
+# attention kernel, over what is selected for few requests and for more, and over all tokens. A multiprocessor has room
+# for more, but those that find no work cost the others time.
+FEW_SHARES, MANY_SHARES, FEW_CHUNKS, MORE_CHUNKS, CHUNKS = 1, 2, 1, 3, 2
 # Batches up to this size have few tokens to score and to attend to: the work is cut otherwise than for larger ones.
 FEW_REQUESTS = 3
 # Warps of the compaction, each a program, for every multiprocessor, which has room for 32.
@@ -67,7 +67,7 @@ class Grid:
 
     Attributes:
         few_requests, more_requests: the score kernel's, for batches up to FEW_REQUESTS and for larger ones.
-        few_chunks, chunks: programs of the attention kernel.
+        few_chunks, more_chunks, chunks: programs of the attention kernel.
         head_block: KV heads that a program of the score kernel works on, a power of two.
         compact: programs of the compaction for each KV head.
     """
@@ -75,6 +75,7 @@ class Grid:
     few_requests: Shares
     more_requests: Shares
     few_chunks: int
+    more_chunks: int
     chunks: int
     head_block: int
     compact: int
@@ -96,6 +97,7 @@ class Grid:
             few_requests=Shares(few, few, SCORE_WARPS, block(SCORE_WARPS)),
             more_requests=Shares(few, many, FEWER_WARPS, block(FEWER_WARPS)),
             few_chunks=FEW_CHUNKS * n,
+            more_chunks=MORE_CHUNKS * n,
             chunks=CHUNKS * n,
             head_block=head_block,
             compact=compact,
@@ -104,8 +106,14 @@ class Grid:
     def shares(self, batch: int) -> Shares:
         return self.few_requests if batch <= FEW_REQUESTS else self.more_requests
 
-    def selected_chunks(self, batch: int) -> int:
-        return self.few_chunks if batch <= FEW_REQUESTS else self.chunks
+    def has_long_chunks(self, kv_heads: int, batch: int) -> bool:
+        """Whether (request, KV head) pairs make about one program of the attention kernel each, without being cut."""
+        return self.chunks <= 2 * batch * kv_heads <= 2 * self.chunks
+
+    def selected_chunks(self, kv_heads: int, batch: int) -> int:
+        if batch <= FEW_REQUESTS:
+            return self.few_chunks
+        return self.chunks if self.has_long_chunks(kv_heads, batch) else self.more_chunks
 
     @staticmethod
     def min_chunk(batch: int) -> int:
@@ -116,7 +124,7 @@ class Grid:
         tokens into."""
         cut = self.shares(batch)
         shares = max(cut.many, cut.few + batch) + tokens // cut.longest
-        chunks, all_chunks = (-(-n // kv_heads) + batch for n in (self.selected_chunks(batch), self.chunks))
+        chunks, all_chunks = (-(-n // kv_heads) + batch for n in (self.selected_chunks(kv_heads, batch), self.chunks))
         return shares, chunks, all_chunks
 
 
@@ -195,8 +203,9 @@ class DecodeWorkspace:
         bins = bins_of(G, bits, scoring)
         grid = Grid.of(kv_heads, W, bins, device)
         rows = max_batch * kv_heads
-        shares, *chunk_lists = grid.pieces(kv_heads, max_batch, max_batch * max_context)
-        chunks = max(chunk_lists)
+        shares, *_ = grid.pieces(kv_heads, max_batch, max_batch * max_context)
+        # A smaller batch may be cut into more chunks than a larger one.
+        chunks = -(-max(grid.few_chunks, grid.more_chunks, grid.chunks) // kv_heads) + max_batch
         # Whole blocks are written and read, beyond the last token too.
         block = max(grid.few_requests.block, grid.more_requests.block)
         stride = -(-max_context // block) * block

@@ -28,6 +28,7 @@ from ops.cases import (
 )
 
 CPU = torch.device("cpu")
+PROGRAMS = ("FEW_SHARES", "MANY_SHARES", "FEW_CHUNKS", "MORE_CHUNKS", "CHUNKS")
 DTYPE_RATIO = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -35,7 +36,13 @@ DTYPE_RATIO = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.INTERPRETED.value, "run with TRITON_INTERPRET=1"
     monkeypatch.setattr(workspace, "TILE_WORDS", 2)
-    for name, programs in (("FEW_SHARES", 5), ("MANY_SHARES", 13), ("FEW_CHUNKS", 7), ("CHUNKS", 11)):
+    for name, programs in (
+        ("FEW_SHARES", 5),
+        ("MANY_SHARES", 13),
+        ("FEW_CHUNKS", 7),
+        ("MORE_CHUNKS", 17),
+        ("CHUNKS", 11),
+    ):
         monkeypatch.setattr(workspace, name, programs)
     monkeypatch.setattr(workspace, "COMPACT_PROGRAMS", 8)
     monkeypatch.setattr(plan, "FULL_SHARE_BLOCKS", 1)
@@ -46,9 +53,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attend, "FEW", (16, 4))
     monkeypatch.setattr(attend, "SHORT", (16, 4))
     monkeypatch.setattr(attend, "LONG", (32, 4))
-    monkeypatch.setattr(attend, "FEW_CHUNKS", 2)
-    monkeypatch.setattr(attend, "SOME_CHUNKS", 3)
-    monkeypatch.setattr(attend, "MANY_CHUNKS", 4)
+    monkeypatch.setattr(attend, "FEW_ADDED", 4)
+    monkeypatch.setattr(attend, "ADDED", 2)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -241,6 +247,24 @@ def test_a_plan_hands_out_every_token_once(seed: int) -> None:
         assert (pieces[first:, 0] == -1).all() and (pieces[first:, 2] >= pieces[first:, 3]).all(), name
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+def test_no_batch_is_cut_into_more_pieces_than_there_is_room_for(kv_heads: int) -> None:
+    for most in range(1, 15):
+        room = DecodeWorkspace.allocate(
+            max_batch=most,
+            q_heads=kv_heads,
+            kv_heads=kv_heads,
+            head_dim=64,
+            bits=64,
+            max_context=64,
+            max_kept=16,
+            device=CPU,
+        )
+        for batch in range(1, most + 1):
+            for pieces, buffer in zip(room.pieces(batch), (room.shares, room.chunks, room.all_chunks), strict=True):
+                assert pieces <= len(buffer), f"batch of {batch}, workspace for {most}"
+
+
 def test_a_step_leaves_the_workspace_fit_for_the_next() -> None:
     """The second step has other lengths, and finds the counts of the first."""
     room = None
@@ -288,7 +312,13 @@ def test_ties_at_the_cut_go_to_the_earliest() -> None:
 def test_results_do_not_depend_on_how_the_work_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for programs in (1, 7, 60):
-        for name, factor in (("FEW_SHARES", 1), ("MANY_SHARES", 2), ("FEW_CHUNKS", 3), ("CHUNKS", 4)):
+        for name, factor in (
+            ("FEW_SHARES", 1),
+            ("MANY_SHARES", 2),
+            ("FEW_CHUNKS", 3),
+            ("MORE_CHUNKS", 5),
+            ("CHUNKS", 4),
+        ):
             monkeypatch.setattr(workspace, name, factor * programs)
         case = make_case(
             [130, 77],
