@@ -203,9 +203,10 @@ class DecodeWorkspace:
         bins = bins_of(G, bits, scoring)
         grid = Grid.of(kv_heads, W, bins, device)
         rows = max_batch * kv_heads
-        shares, *_ = grid.pieces(kv_heads, max_batch, max_batch * max_context)
         # A smaller batch may be cut into more chunks than a larger one.
-        chunks = -(-max(grid.few_chunks, grid.more_chunks, grid.chunks) // kv_heads) + max_batch
+        pieces = [grid.pieces(kv_heads, batch, batch * max_context) for batch in range(1, max_batch + 1)]
+        shares, *chunk_lists = map(max, zip(*pieces, strict=True))
+        chunks = max(chunk_lists)
         # Whole blocks are written and read, beyond the last token too.
         block = max(grid.few_requests.block, grid.more_requests.block)
         stride = -(-max_context // block) * block
