@@ -67,14 +67,17 @@ def add_up(
     b_most = tl.full([BG], -1e30, tl.float32)
     b_total = tl.zeros([BG], tl.float32)
     b_out = tl.zeros([BG, BDV], tl.float32)
+    p_lse = partial_lse + i_slot * G + o_g
+    p_part = partial + i_slot * G * DV + o_x
     for i_c in range(0, n_chunks, BC):
         b_lses = ()  # type: tuple
         b_parts = ()  # type: tuple
         for i_unrolled in tl.static_range(BC):
             m_c = i_c + i_unrolled < n_chunks
-            i_part = (i_slot + i_c + i_unrolled) * G
-            b_lses += (tl.load(partial_lse + i_part + o_g, mask=m_c & m_g, other=-1e30),)
-            b_parts += (tl.load(partial + i_part * DV + o_x, mask=m_c & m_x, other=0.0),)
+            b_lses += (tl.load(p_lse + i_unrolled * G, mask=m_c & m_g, other=-1e30),)
+            b_parts += (tl.load(p_part + i_unrolled * G * DV, mask=m_c & m_x, other=0.0),)
+        p_lse += BC * G
+        p_part += BC * G * DV
         b_new = b_most
         for i_unrolled in tl.static_range(BC):
             b_new = tl.maximum(b_new, b_lses[i_unrolled])

@@ -17,6 +17,7 @@ from hata_kernels.launch import (
     INDEX_DTYPES,
     aligned,
     check_tensor,
+    here,
     overlaps_launches,
     wait_for_previous,
 )
@@ -174,11 +175,23 @@ def hash_decode_step_kernel(
     o_bit = i_w * (BW * 32) + tl.arange(0, BW * 32)
     o_p = (i_side * H + i_h) * D + o_d
     b_p = tl.load(projection + o_p[:, None] * BITS + o_bit[None, :], mask=(o_d < D)[:, None], other=0)
+    o_r = i_m * BR + tl.arange(0, BR)
+    m_r = o_r < batch
     wait_for_previous(PDL)
+    # All loads go out before anything waits for one: after a model's matrix products none finds its data in a cache.
+    b_loc = tl.load(loc + o_r, mask=m_r & (i_side == OF_KEYS), other=0).to(tl.int64)
+    if STORE_KV:
+        m_store = m_k & (i_w == 0)
+        b_row = tl.load(loc + o_request, mask=m_store, other=0).to(tl.int64) * H + i_h
+        o_dv = tl.arange(0, BDV)
+        m_v = m_store[:, None] & (o_dv < DV)[None, :]
+        p_v = v + o_request * v_token_stride + i_h.to(tl.int64) * v_head_stride
+        b_v = tl.load(p_v[:, None] + o_dv[None, :], mask=m_v, other=0.0)
     p_q = q + o_request * q_token_stride + (i_h * G + o_g).to(tl.int64) * q_head_stride
     p_k = k + o_request * k_token_stride + i_h.to(tl.int64) * k_head_stride
     b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q[:, None] & m_d, other=0.0)
     b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_k[:, None] & m_d, other=0.0)
+    b_p = here(b_p)
     b_x = tl.where(m_k[:, None], b_k, b_q).to(tl.float32)
     b_largest = tl.max(tl.abs(b_x), axis=1)
     exponent = OF_ROW
@@ -189,26 +202,17 @@ def hash_decode_step_kernel(
     b_acc = tl.reshape(projected(b_lo, b_hi, b_p), [BR, BG, BW * 32])
     b_bit = (b_acc > 0).to(tl.int32)
 
-    o_r = i_m * BR + tl.arange(0, BR)
-    m_r = (o_r < batch)[:, None]
     o_g = tl.arange(0, BG)[None, :, None]
     o_w = (i_w * BW + tl.arange(0, BW))[None, :]
     if i_side == OF_KEYS:
-        b_loc = tl.load(loc + o_r, mask=o_r < batch, other=0).to(tl.int64)
         b_key = pack(tl.sum(tl.where(o_g == G, b_bit, 0), axis=1), BR, BW)
-        tl.store(code_cache + (b_loc * H + i_h)[:, None] * (BITS // 32) + o_w, b_key, mask=m_r)
+        tl.store(code_cache + (b_loc * H + i_h)[:, None] * (BITS // 32) + o_w, b_key, mask=m_r[:, None])
         if i_w == 0:
             p_bin = histogram + (o_r.to(tl.int64) * H + i_h)[:, None] * BINS + tl.arange(0, BINS)[None, :]
-            tl.store(p_bin, tl.zeros([BR, BINS], tl.int32), mask=m_r)
-        if STORE_KV:  # noqa: SIM102 (known at compile time)
-            if i_w == 0:
-                b_row = tl.load(loc + o_request, mask=m_k, other=0).to(tl.int64) * H + i_h
-                tl.store(k_pool + b_row[:, None] * D + o_d[None, :], b_k, mask=m_k[:, None] & m_d)
-                o_dv = tl.arange(0, BDV)
-                m_v = m_k[:, None] & (o_dv < DV)[None, :]
-                p_v = v + o_request * v_token_stride + i_h.to(tl.int64) * v_head_stride
-                b_v = tl.load(p_v[:, None] + o_dv[None, :], mask=m_v, other=0.0)
-                tl.store(v_pool + b_row[:, None] * DV + o_dv[None, :], b_v, mask=m_v)
+            tl.store(p_bin, tl.zeros([BR, BINS], tl.int32), mask=m_r[:, None])
+        if STORE_KV:
+            tl.store(k_pool + b_row[:, None] * D + o_d[None, :], b_k, mask=m_store[:, None] & m_d)
+            tl.store(v_pool + b_row[:, None] * DV + o_dv[None, :], b_v, mask=m_v)
     else:
         if ONE_SIDED:
             b_weight = tl.sum(b_acc, axis=1)  # rows without a query are zero

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hata_kernels.reference import FAR_LUCK, GOLDEN, MIX_1, MIX_2, MOST_LUCK, RANK_PARTS
+from hata_kernels.reference import FAR_LUCK, GOLDEN, MIX_1, MIX_2, MOST_LUCK, OCTAVES_A_ROOT, RANK_PARTS
 
 # Triton's interpreter runs the kernels on a CPU (TRITON_INTERPRET=1, read when Triton is imported). It has no
 # inline assembly.
@@ -18,7 +18,11 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 STEP, MULTIPLY_1, MULTIPLY_2 = tl.constexpr(GOLDEN), tl.constexpr(MIX_1), tl.constexpr(MIX_2)
 PARTS, PART_BITS = tl.constexpr(RANK_PARTS), tl.constexpr(RANK_PARTS.bit_length() - 1)
+A_ROOT = tl.constexpr(OCTAVES_A_ROOT)  # `reference.octaves` divides a root by this
 assert (MOST_LUCK, FAR_LUCK) == (8, 8 + 8 // 2)  # `luck_word` adds half of the bit that only the most luck has
+
+MOVE = tl.constexpr("mov.b32 $0, $1;")
+BYTE = tl.constexpr("prmt.b32 $0, $1, 0, $2;")  # one of a word, with zeros above
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -70,7 +74,33 @@ def luck_word(b_group, seed):
 @triton.jit
 def luck_of(b_word, o_token):
     """The luck of tokens, from the word of their group."""
-    return (b_word >> ((o_token & 3) * 8)) & 15
+    if INTERPRETED:
+        return (b_word >> ((o_token & 3) * 8)) & 15
+    else:
+        b_selector = o_token & 3 | 0x4440
+        return tl.inline_asm_elementwise(BYTE, "=r,r,r", [b_word, b_selector], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def squares(b_planes, P: tl.constexpr):
+    """What each word of a code adds to the sum of its query's squared weights."""
+    b_squares = tl.zeros_like(b_planes[0])
+    for i_p in tl.static_range(P):
+        for i_q in tl.static_range(i_p + 1):
+            b_squares += popcount(b_planes[i_p] & b_planes[i_q]) << (i_p + i_q + (i_p != i_q))
+    return b_squares
+
+
+@triton.jit
+def octave_of(b_squares):
+    """`reference.octaves` of sums of squared weights. The root need not be exact: what it comes to is checked."""
+    b_octave = (tl.sqrt(b_squares.to(tl.float32)) * (PARTS / A_ROOT) + 0.5).to(tl.int32)
+    b_most = 4 * PARTS * PARTS * b_squares
+    b_odd = 2 * b_octave - 1
+    b_octave -= ((b_octave > 0) & (b_odd * b_odd * (A_ROOT * A_ROOT) > b_most)).to(tl.int32)
+    b_odd = 2 * b_octave + 1
+    b_octave += (b_odd * b_odd * (A_ROOT * A_ROOT) <= b_most).to(tl.int32)
+    return tl.maximum(b_octave, PARTS)
 
 
 @triton.jit
@@ -94,6 +124,18 @@ def wait_for_previous(PDL: tl.constexpr, NEXT: tl.constexpr = True):
         gdc_wait()
         if NEXT:
             gdc_launch_dependents()
+
+
+@triton.jit
+def here(b_x):
+    """``b_x``, computed or waited for where this stands. A compiler puts work where its result is needed, and lets
+    what is loaded go to shared memory at once: both can be the worse place."""
+    if INTERPRETED:
+        return b_x
+    elif b_x.dtype == tl.int8:
+        return tl.inline_asm_elementwise(MOVE, "=r,r", [b_x], dtype=tl.int8, is_pure=False, pack=4)
+    else:
+        return tl.inline_asm_elementwise(MOVE, "=r,r", [b_x], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

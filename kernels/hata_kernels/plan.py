@@ -150,7 +150,8 @@ def plan_kernel(
     tl.store(p_piece + 4, tl.where(i_list == 0, b_tokens, b_selects), mask=m_item)
     tl.store(p_piece + 5, b_first, mask=m_item)
     tl.store(p_piece + 6, b_number, mask=m_item)
-    tl.store(p_piece + 7, b_pieces, mask=m_item)
+    # A request's pieces; of a share, what is kept of its request: selection has it with the rest, after one load.
+    tl.store(p_piece + 7, tl.where(i_list == 0, of_request(m_one, b_kept.to(tl.int32)), b_pieces), mask=m_item)
 
 
 def plan_step(seq_lens: Tensor, req_rows: Tensor, workspace: DecodeWorkspace, budget: Budget) -> None:

@@ -17,17 +17,18 @@ from torch import Tensor
 
 from hata_kernels.launch import (
     INTERPRETED,
-    PARTS,
     check_tensor,
     gain,
     luck_of,
     luck_seed,
     luck_word,
+    octave_of,
     overlaps_launches,
     popcount,
+    squares,
     wait_for_previous,
 )
-from hata_kernels.reference import LUCK_TOKENS, OCTAVES_A_ROOT, SAMPLED
+from hata_kernels.reference import LUCK_TOKENS, SAMPLED
 from hata_kernels.workspace import FEW_REQUESTS, PIECE, DecodeWorkspace
 
 # Consecutive tokens that a thread scores at a time: their ranks, a byte each, are one word, and so is their luck.
@@ -40,8 +41,10 @@ SHARED_ARRAY = "{{ .shared .align 16 .b32 hata_array[{}]; mov.u32 $0, hata_array
 STORE = tl.constexpr("st.shared.b32 [$1], $2; mov.b32 $0, 0;")
 ADD = tl.constexpr("red.shared.add.u32 [$1], $2; mov.b32 $0, 0;")
 LOAD = tl.constexpr("ld.shared.b32 $0, [$1];")
-# `reference.octaves` divides a root by this.
-A_ROOT = tl.constexpr(OCTAVES_A_ROOT)
+# Functions of three bits: (x ^ y) & z, and the two digits of x + y + z.
+DIFFERS = tl.constexpr("lop3.b32 $0, $1, $2, $3, 0x28;")
+SUM = tl.constexpr("lop3.b32 $0, $1, $2, $3, 0x96;")
+CARRY = tl.constexpr("lop3.b32 $0, $1, $2, $3, 0xE8;")
 
 
 @triton.jit
@@ -77,13 +80,19 @@ def shared_load(address):
 
 
 @triton.jit
-def load_slots(p_slot, o_t, end):
-    return tl.load(p_slot + o_t, mask=o_t < end, other=0).to(tl.int64)
+def load_slots(p_slot, o_t, left, WIDE: tl.constexpr):
+    """Slots of groups of tokens, 0 where none is left. One load a group, where rows of the slot table consist of whole
+    groups: what it reads beyond the last token is in the same row."""
+    if WIDE:
+        m_group = o_t // o_t.shape[1] * o_t.shape[1] < left
+        return tl.where(o_t < left, tl.load(p_slot + o_t, mask=m_group, other=0), 0)
+    else:
+        return tl.load(p_slot + o_t, mask=o_t < left, other=0)
 
 
 @triton.jit
 def load_codes(code_cache, b_slot, o_word, m_c, H: tl.constexpr, HB: tl.constexpr, W: tl.constexpr):
-    p_code = code_cache + b_slot[:, :, None, None] * (H * W) + o_word
+    p_code = code_cache + b_slot.to(tl.int64)[:, :, None, None] * (H * W) + o_word
     if H % HB == 0:
         return tl.load(p_code)
     else:
@@ -91,51 +100,76 @@ def load_codes(code_cache, b_slot, o_word, m_c, H: tl.constexpr, HB: tl.constexp
 
 
 @triton.jit
-def four_words(b_x, HB: tl.constexpr):
-    """[.., 4 HB] -> four of [.., HB], the words that a thread holds of a code."""
-    b_x = tl.reshape(b_x, [b_x.shape[0], b_x.shape[1], b_x.shape[2], HB, 2, 2])
+def words_of(b_x, HB: tl.constexpr, WV: tl.constexpr):
+    """[.., WV HB] -> WV of [.., HB], the words that a thread holds of a code."""
+    b_x = tl.reshape(b_x, [b_x.shape[0], b_x.shape[1], b_x.shape[2], HB, WV // 2, 2])
     b_even, b_odd = tl.split(b_x)
-    b_first, b_third = tl.split(b_even)
-    b_second, b_fourth = tl.split(b_odd)
-    return b_first, b_second, b_third, b_fourth
+    if WV == 2:
+        shape: tl.constexpr = [b_x.shape[0], b_x.shape[1], b_x.shape[2], HB]
+        return tl.reshape(b_even, shape), tl.reshape(b_odd, shape)
+    else:
+        b_first, b_third = tl.split(b_even)
+        b_second, b_fourth = tl.split(b_odd)
+        return b_first, b_second, b_third, b_fourth
 
 
 @triton.jit
-def bits_by_adding(b_differs, b_planes, P: tl.constexpr, HB: tl.constexpr):
-    """The bits of ``b_differs`` in each plane, times what the plane is worth: [.., HB]. Words of equal worth are first
-    added, bit by bit: three become a sum, and a carry of twice the worth. With two planes, 5 are left of 8 to count."""
-    b_total = tl.zeros([b_differs.shape[0], b_differs.shape[1], b_differs.shape[2], HB], tl.int32)
+def bitwise(b_x, b_y, b_z, PTX: tl.constexpr):
+    """Any function of three bits, of all bits of three words, in one instruction."""
+    return tl.inline_asm_elementwise(PTX, "=r,r,r,r", [b_x, b_y, b_z], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def differs(b_code, b_sign, b_plane):
+    """The bits of a plane in which a code differs from the query's."""
+    if INTERPRETED:
+        return (b_code ^ b_sign) & b_plane
+    else:
+        return bitwise(b_code, b_sign, b_plane, DIFFERS)
+
+
+@triton.jit
+def add_bits(b_x, b_y, b_z):
+    """Three words, added bit by bit: sum and carry."""
+    if INTERPRETED:
+        b_half = b_x ^ b_y
+        return b_half ^ b_z, (b_x & b_y) | (b_half & b_z)
+    else:
+        return bitwise(b_x, b_y, b_z, SUM), bitwise(b_x, b_y, b_z, CARRY)
+
+
+@triton.jit
+def count_bits(b_levels, LEVELS: tl.constexpr):
+    """The bits of some words, each word of level i worth 2^i: words of one level are first added, bit by bit; three
+    become their sum, and a carry of the next level. With two planes of four words, 5 are left of 8 to count."""
+    b_total = tl.zeros_like(b_levels[0][0])
     b_words = ()  # type: tuple
-    for i_p in tl.static_range(P + 1):
-        if i_p < P:
-            b_words += four_words(b_differs & b_planes[i_p], HB)
+    for i_l in tl.static_range(2 * LEVELS):
+        if i_l < LEVELS:
+            b_words += b_levels[i_l]
         b_carried = ()  # type: tuple
         for _ in tl.static_range((len(b_words) - 1) // 2):
-            b_half = b_words[0] ^ b_words[1]
-            b_carried += ((b_words[0] & b_words[1]) | (b_half & b_words[2]),)
-            b_words = b_words[3:] + (b_half ^ b_words[2],)  # noqa: RUF005 (Triton has no unpacking)
+            b_sum, b_carry = add_bits(b_words[0], b_words[1], b_words[2])
+            b_carried += (b_carry,)
+            b_words = b_words[3:] + (b_sum,)  # noqa: RUF005 (Triton has no unpacking)
         for i_w in tl.static_range(len(b_words)):
-            b_total += popcount(b_words[i_w]) << i_p
+            b_total += popcount(b_words[i_w]) << i_l
         b_words = b_carried
     return b_total
 
 
 @triton.jit
-def octave_of(b_squares):
-    """`reference.octaves` of sums of squared weights. The root need not be exact: what it comes to is checked."""
-    b_octave = (tl.sqrt(b_squares.to(tl.float32)) * (PARTS / A_ROOT) + 0.5).to(tl.int32)
-    b_most = 4 * PARTS * PARTS * b_squares
-    b_odd = 2 * b_octave - 1
-    b_octave -= ((b_octave > 0) & (b_odd * b_odd * (A_ROOT * A_ROOT) > b_most)).to(tl.int32)
-    b_odd = 2 * b_octave + 1
-    b_octave += (b_odd * b_odd * (A_ROOT * A_ROOT) <= b_most).to(tl.int32)
-    return tl.maximum(b_octave, PARTS)
+def distances(b_code, b_sign, b_planes, P: tl.constexpr, HB: tl.constexpr, WV: tl.constexpr):
+    """`reference.distances`, from bits that differ from the query's, counted by what each is worth."""
+    b_levels = ()  # type: tuple
+    for i_p in tl.static_range(P):
+        b_levels += (words_of(differs(b_code, b_sign, b_planes[i_p]), HB, WV),)
+    return tl.sum(count_bits(b_levels, P), axis=2)
 
 
 @triton.jit(do_not_specialize=["sink", "recent", "layer"])
 def score_kernel(
     planes,
-    octaves,
     code_cache,
     slot_table,
     shares,
@@ -159,7 +193,7 @@ def score_kernel(
     SHARED: tl.constexpr,
     STRIDE: tl.constexpr,
     DRAWS: tl.constexpr,
-    ADDS: tl.constexpr,
+    WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A tile is [groups of tokens, TOKENS, W / WV, heads x WV words]. A thread has WV words of a head, 16 bytes where a
@@ -178,27 +212,37 @@ def score_kernel(
 
     # Of all that is read before the wait, only the newest token's code comes from the launch before. It may be an old
     # one: that token is always kept.
-    p_slot = slot_table + i_row * table_stride
     BG: tl.constexpr = BT // TOKENS
-    o_t = start + (tl.arange(0, BG) * TOKENS)[:, None] + tl.arange(0, TOKENS)[None, :]
+    row_start = i_row * table_stride
+    p_slot = slot_table + (tl.multiple_of(row_start, TOKENS) if WIDE else row_start) + start
+    o_t = (tl.arange(0, BG) * TOKENS)[:, None] + tl.arange(0, TOKENS)[None, :]
     o_c = tl.arange(0, HB * WV)
     o_column = i_hb * HB + o_c // WV
     m_c = (o_column < H)[None, None, None, :]
     o_word = (tl.arange(0, W // WV) * WV)[None, None, :, None] + (o_column * W + o_c % WV)[None, None, None, :]
-    b_code = load_codes(code_cache, load_slots(p_slot, o_t, end), o_word, m_c, H, HB, W)
-    b_next = load_codes(code_cache, load_slots(p_slot, o_t + BT, end), o_word, m_c, H, HB, W)
-    b_slot = load_slots(p_slot, o_t + 2 * BT, end)
+    b_code = load_codes(code_cache, load_slots(p_slot, o_t, end - start, WIDE), o_word, m_c, H, HB, W)
+    b_next = load_codes(code_cache, load_slots(p_slot + BT, o_t, end - start - BT, WIDE), o_word, m_c, H, HB, W)
+    b_slot = load_slots(p_slot + 2 * BT, o_t, end - start - 2 * BT, WIDE)
 
     o_h = i_hb * HB + tl.arange(0, HB)
     m_h = o_h < H
     o_bin = tl.arange(0, BINS)
     b_count = tl.zeros([HB, BINS], tl.int32)
     if INTERPRETED:
-        p_shared = 0
+        p_head = tl.zeros([HB], tl.int32)
     else:
-        p_shared = shared_array(SHARED)
-        shared_store(p_shared + (tl.arange(0, HB)[:, None] * STRIDE + o_bin[None, :]) * 4, b_count)
+        p_head = shared_array(SHARED) + tl.arange(0, HB) * (4 * STRIDE)
+        shared_store(p_head[:, None] + 4 * o_bin[None, :], b_count)
         tl.debug_barrier()
+
+    # Ranks are stored as words, of four bytes or two int16.
+    RANKS: tl.constexpr = 4 if BINS <= 256 else 2
+    WORDS: tl.constexpr = TOKENS // RANKS
+    o_shift = tl.arange(0, RANKS) * (32 // RANKS)
+    p_rank = ranks + (i_b * H + o_h)[:, None, None] * (rank_stride // RANKS) + start // RANKS
+    p_rank += opaque(tl.arange(0, BG) * WORDS)[None, :, None] + tl.arange(0, WORDS)[None, None, :]
+    o_group = start // TOKENS + tl.arange(0, BG)[:, None]
+    seed = luck_seed(length, layer)
 
     wait_for_previous(PDL, NEXT=False)
     p_plane = planes + i_b * (H * (1 + P) * W) + (o_word + (o_column * (P * W))[None, None, None, :])
@@ -207,57 +251,40 @@ def score_kernel(
     for i_p in tl.static_range(P):
         b_planes += (tl.load(p_plane + (1 + i_p) * W, mask=m_c, other=0),)
     if DRAWS:
-        seed = luck_seed(length, layer)
-        o_group = start // TOKENS + tl.arange(0, BG)[:, None]
-        b_squares = tl.zeros_like(b_sign)
-        for i_p in tl.static_range(P):
-            for i_q in tl.static_range(P):
-                b_squares += popcount(b_planes[i_p] & b_planes[i_q]) << (i_p + i_q)
-        b_squares = tl.sum(tl.reshape(tl.sum(b_squares, axis=2), [1, 1, HB, WV]), axis=3)
-        b_octave = octave_of(b_squares)
-        m_first = m_h[None, None, :] & (i_share == tl.load(shares + i_share * PIECE + 5))
-        tl.store((octaves + i_b * H + o_h)[None, None, :] + tl.zeros_like(b_octave), b_octave, mask=m_first)
-    # Ranks are stored as words, of four bytes or two int16.
-    RANKS: tl.constexpr = 4 if BINS <= 256 else 2
-    WORDS: tl.constexpr = TOKENS // RANKS
-    o_shift = tl.arange(0, RANKS) * (32 // RANKS)
-    p_rank = ranks + (i_b * H + o_h)[:, None, None] * (rank_stride // RANKS)
-    p_rank += opaque(tl.arange(0, BG) * WORDS)[None, :, None] + tl.arange(0, WORDS)[None, None, :]
+        b_words = words_of(squares(b_planes, P), HB, WV)
+        b_squares = b_words[0]
+        for i_w in tl.static_range(1, WV):
+            b_squares += b_words[i_w]
+        b_octave = octave_of(tl.sum(b_squares, axis=2))
     for i_t in tl.range(start, end, BT, num_stages=1):
         b_loaded = load_codes(code_cache, b_slot, o_word, m_c, H, HB, W)
-        b_slot = load_slots(p_slot, o_t + 3 * BT, end)
-        b_differs = b_code ^ b_sign
-        if ADDS:
-            b_distance = tl.sum(bits_by_adding(b_differs, b_planes, P, HB), axis=2)
-        else:
-            b_bits = popcount(b_differs & b_planes[0])
-            for i_p in tl.static_range(1, P):
-                b_bits += popcount(b_differs & b_planes[i_p]) << i_p
-            b_bits = tl.sum(b_bits, axis=2)
-            b_distance = tl.sum(tl.reshape(b_bits, [BG, TOKENS, HB, WV]), axis=3)
-        m_kept = (o_t < sink) | (o_t >= length - recent)
+        p_slot += BT
+        b_slot = load_slots(p_slot + 2 * BT, o_t, end - i_t - 3 * BT, WIDE)
+        b_distance = distances(b_code, b_sign, b_planes, P, HB, WV)
         b_rank = tl.minimum(b_distance + 1, BINS - 2)
         if DRAWS:
             b_luck = luck_of(luck_word(o_group, seed), tl.arange(0, TOKENS)[None, :])
             b_rank = tl.maximum(b_rank - gain(b_luck[:, :, None], b_octave), 1)
             o_group += BG
-        b_rank = tl.where(m_kept[:, :, None], 0, b_rank)
-        # Tiles are stored whole: beyond a request's last token goes the rank of no token.
-        b_rank = tl.where((o_t < end)[:, :, None], b_rank, BINS - 1)
+        if (i_t < sink) | (i_t + BT > tl.minimum(length - recent, end)):
+            m_kept = (i_t + o_t < sink) | (i_t + o_t >= length - recent)
+            b_rank = tl.where(m_kept[:, :, None], 0, b_rank)
+            # Tiles are stored whole: beyond a request's last token goes the rank of no token.
+            b_rank = tl.where((i_t + o_t < end)[:, :, None], b_rank, BINS - 1)
         b_word = tl.sum(tl.reshape(b_rank, [BG, WORDS, RANKS, HB]) << o_shift[None, None, :, None], axis=2)
-        tl.store(p_rank + i_t // RANKS, tl.permute(b_word, [2, 0, 1]), mask=m_h[:, None, None])
+        tl.store(p_rank, tl.permute(b_word, [2, 0, 1]), mask=m_h[:, None, None])
+        p_rank += BT // RANKS
         if INTERPRETED:
             b_one = b_rank[:, :, :, None] == o_bin[None, None, None, :]
             b_count += tl.sum(tl.sum(b_one.to(tl.int32), axis=0), axis=0)
         else:
-            shared_add(p_shared + (tl.arange(0, HB)[None, None, :] * STRIDE + b_rank) * 4, b_rank * 0 + 1)
+            shared_add(p_head[None, None, :] + b_rank * 4, b_rank * 0 + 1)
         b_code = b_next
         b_next = b_loaded
-        o_t += BT
 
     if not INTERPRETED:
         tl.debug_barrier()
-        b_count = shared_load(p_shared + (tl.arange(0, HB)[:, None] * STRIDE + o_bin[None, :]) * 4)
+        b_count = shared_load(p_head[:, None] + 4 * o_bin[None, :])
     p_bin = histogram + ((i_b * H + o_h) * BINS)[:, None] + o_bin[None, :]
     tl.atomic_add(p_bin, b_count, mask=m_h[:, None] & (b_count > 0), sem="relaxed")
     p_up_to = share_counts + ((i_share * H + o_h).to(tl.int64) * BINS)[:, None] + o_bin[None, :]
@@ -280,8 +307,8 @@ def score_and_count(
         code_cache: [S, H, W] int32, contiguous, 16-byte aligned.
         slot_table: [requests, max_context] int32, rows contiguous: the slot of each position.
         workspace: planned for ``batch`` requests, with the planes of this layer's queries and a histogram of zeros.
-            Gets ``ranks`` (whole blocks; beyond a request's length the rank of no token), ``histogram``,
-            ``share_counts`` and, where it samples, ``octaves``; a request that keeps all its tokens gets none.
+            Gets ``ranks`` (whole blocks; beyond a request's length the rank of no token), ``histogram`` and
+            ``share_counts``; a request that keeps all its tokens gets none.
         sink, recent: the first and the last tokens that are always kept (at least the last one is).
         layer: that of `reference.luck`.
 
@@ -296,10 +323,10 @@ def score_and_count(
         raise ValueError(f"sink {sink} and recent {recent} must not be negative")
     if batch == 0:
         return
+    whole_groups = slot_table.data_ptr() % (4 * TOKENS) == 0 and slot_table.stride(0) % TOKENS == 0
     HB, bins, shares = grid.head_block, workspace.bins, grid.shares(batch)
     score_kernel[(workspace.pieces(batch)[0], triton.cdiv(H, HB))](
         workspace.planes,
-        workspace.octaves,
         code_cache,
         slot_table,
         workspace.shares,
@@ -323,7 +350,7 @@ def score_and_count(
         SHARED=SHARED_ARRAY.format(HB * (bins + SKEW)),
         STRIDE=bins + SKEW,
         DRAWS=workspace.selection == SAMPLED,
-        ADDS=W > 2 and batch <= FEW_REQUESTS,  # with more requests the additions take longer than counting
+        WIDE=whole_groups and batch <= FEW_REQUESTS,  # with more requests single loads are 1 to 2 us faster
         PDL=overlaps_launches(device),
         launch_pdl=overlaps_launches(device),
         num_warps=shares.warps,

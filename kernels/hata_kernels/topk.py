@@ -19,19 +19,22 @@ from hata_kernels.launch import (
     PARTS,
     check_tensor,
     gain,
+    here,
     luck_of,
     luck_seed,
     luck_word,
+    octave_of,
     overlaps_launches,
     popcount,
     spreads_early,
+    squares,
     wait_for_previous,
 )
 from hata_kernels.reference import MOST_LUCK, SAMPLED
 from hata_kernels.workspace import FEW_REQUESTS, PIECE, SLOT_BITS, DecodeWorkspace
 
 # Earlier shares whose counts are loaded at a time.
-EARLIER = 64
+EARLIER = 128
 # A program is one warp, whose barriers cost little. Each lane has COLUMNS consecutive ranks, usually 16 bytes; their
 # marks fill an int32: selected for sure in the low half, tied in the high half.
 LANES, COLUMNS = 32, 16
@@ -62,11 +65,10 @@ def cut(
 @triton.jit
 def compact_share(
     ranks,
-    octaves,
+    planes,
     shares,
     histogram,
     share_counts,
-    kept,
     slot_table,
     slots,
     i_share,
@@ -76,6 +78,8 @@ def compact_share(
     slot_stride,
     layer,
     H: tl.constexpr,
+    P: tl.constexpr,
+    W: tl.constexpr,
     BINS: tl.constexpr,
     BE: tl.constexpr,
     BL: tl.constexpr,
@@ -90,7 +94,7 @@ def compact_share(
     # A piece without work is of request -1, and has nothing between its start and its end.
     i_b = tl.maximum(tl.load(p_share), 0).to(tl.int64)
     i_row = i_b * H + i_h
-    k = tl.load(kept + i_b)
+    k = tl.load(p_share + 7)
     p_table = slot_table + tl.load(p_share + 1).to(tl.int64) * table_stride
     start = tl.multiple_of(tl.load(p_share + 2), 16)
     end = tl.load(p_share + 3)
@@ -103,13 +107,18 @@ def compact_share(
     rounded = tl.multiple_of(tl.cdiv(end, 16) * 16, 16)
     o_t = start + o_lane[:, None] + o_c[None, :]
     seed = luck_seed(tl.load(p_share + 4), layer)
+    if DRAWS:
+        p_plane = planes + i_row * (1 + P) * W + tl.arange(0, W)  # of the launch before the one ahead
+        b_planes = ()  # type: tuple
+        for i_p in tl.static_range(P):
+            b_planes += (tl.load(p_plane + (1 + i_p) * W),)
     wait_for_previous(PDL, NEXT)
     b_next = tl.load(p_rank + o_t, mask=o_t < rounded, other=BINS - 1)
-    octave = tl.load(octaves + i_row)
-    threshold, wanted, less, tie = cut(histogram, share_counts, i_row, i_first, i_share, i_h, k, H, BINS, BE)
     if DRAWS:
+        octave = here(octave_of(tl.sum(squares(b_planes, P), axis=0)))
         # Times this, over 2^24, is division by an octave, exactly: 13 octaves times an octave stay below 2^24.
-        inverse = (1 << 24) // tl.maximum(octave, 1) + 1
+        inverse = here((1 << 24) // octave + 1)
+    threshold, wanted, less, tie = cut(histogram, share_counts, i_row, i_first, i_share, i_h, k, H, BINS, BE)
     first = less + tl.minimum(tie, wanted)
     for i_t in range(start, end, BL * BC):
         b_rank = b_next.to(tl.int32)
@@ -155,11 +164,10 @@ def compact_share(
 @triton.jit(do_not_specialize=["n_shares", "layer"])
 def compact_kernel(
     ranks,
-    octaves,
+    planes,
     shares,
     histogram,
     share_counts,
-    kept,
     slot_table,
     slots,
     table_stride,
@@ -168,6 +176,8 @@ def compact_kernel(
     layer,
     n_shares,
     H: tl.constexpr,
+    P: tl.constexpr,
+    W: tl.constexpr,
     STRIDE: tl.constexpr,
     BINS: tl.constexpr,
     BE: tl.constexpr,
@@ -182,11 +192,10 @@ def compact_kernel(
     for i_share in range(tl.program_id(0) // H, n_shares, STRIDE):
         compact_share(
             ranks,
-            octaves,
+            planes,
             shares,
             histogram,
             share_counts,
-            kept,
             slot_table,
             slots,
             i_share,
@@ -196,6 +205,8 @@ def compact_kernel(
             slot_stride,
             layer,
             H,
+            P,
+            W,
             BINS,
             BE,
             BL,
@@ -229,11 +240,10 @@ def select_slots(slot_table: Tensor, workspace: DecodeWorkspace, batch: int, lay
     n_shares, stride = workspace.pieces(batch)[0], workspace.grid.compact
     compact_kernel[(min(n_shares, stride) * H,)](
         workspace.ranks,
-        workspace.octaves,
+        workspace.planes,
         workspace.shares,
         workspace.histogram,
         workspace.share_counts,
-        workspace.kept,
         slot_table,
         workspace.slots,
         slot_table.stride(0),
@@ -242,6 +252,8 @@ def select_slots(slot_table: Tensor, workspace: DecodeWorkspace, batch: int, lay
         layer,
         n_shares,
         H=H,
+        P=workspace.planes.shape[2] - 1,
+        W=workspace.planes.shape[3],
         STRIDE=stride,
         BINS=workspace.bins,
         BE=EARLIER,

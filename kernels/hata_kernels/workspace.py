@@ -134,7 +134,6 @@ class DecodeWorkspace:
 
     Attributes:
         planes: [B, H, 1 + P, W] int32, what each bit of a code is worth to the queries.
-        octaves: [B, H] int32, the ranks of an octave, where tokens are sampled.
         ranks: [B, H, stride] uint8, int16 with more than 256 bins: a rank for each cached token, as drawn.
         histogram: [B, H, bins] int32, tokens of each rank; cleared when the step's queries are hashed.
         share_counts: [shares, H, bins] int16: tokens of each rank or a lower one in a share.
@@ -150,7 +149,6 @@ class DecodeWorkspace:
     """
 
     planes: Tensor
-    octaves: Tensor
     ranks: Tensor
     histogram: Tensor
     share_counts: Tensor
@@ -216,7 +214,6 @@ class DecodeWorkspace:
 
         return cls(
             planes=zeros(max_batch, kv_heads, 1 + magnitudes(G, scoring).bit_length(), W),
-            octaves=zeros(max_batch, kv_heads),
             ranks=zeros(max_batch, kv_heads, stride, dtype=torch.uint8 if bins <= 256 else torch.int16),
             histogram=zeros(max_batch, kv_heads, bins),
             share_counts=zeros(shares, kv_heads, bins, dtype=torch.int16),

@@ -123,8 +123,9 @@ def make_case(
 
     Slots are scattered over the pool; requests after the first share a prefix of the first one's slots, as
     in a prefix cache. Slots that no request holds are NaN in both pools and sentinels in the code cache, as are
-    those of the current tokens, which the step must write. ``padded`` rows at the end have row 0, length 1 and
-    slot 0.
+    those of the current tokens, which the step must write. Entries of the slot table that no request has are sentinels,
+    far beyond the pool. Its rows have ``width`` of them, else room for whole groups of four tokens, as in SGLang.
+    ``padded`` rows at the end have row 0, length 1 and slot 0.
     """
     device = generator.device
     B, H, D = len(lengths), kv_heads, head_dim
@@ -164,8 +165,9 @@ def make_case(
     code_cache[last] = SENTINEL
 
     rows = B + 2 if rows is None else rows
-    width = max(lengths) + 5 if width is None else width
-    slot_table = torch.zeros((rows, width), dtype=torch.int32, device=device)
+    width = -(-max(lengths) // 4) * 4 if width is None else width
+    slot_table = torch.full((rows, width), SENTINEL, dtype=torch.int32, device=device)
+    slot_table[0, 0] = 0
     # Request b has row `chosen[b]`; row 0 belongs to padded rows.
     chosen = torch.randperm(rows - 1, device=device, generator=generator)[:B] + 1
     for row, request in zip(chosen.tolist(), slots, strict=True):
@@ -197,7 +199,7 @@ def make_case(
 
 def poison(workspace: DecodeWorkspace) -> None:
     """Fill the buffers that need not be zero between steps with a sentinel: none is read before it is written."""
-    for name in ("planes", "octaves", "histogram", "slots", "kept", "partial", "partial_lse"):
+    for name in ("planes", "histogram", "slots", "kept", "partial", "partial_lse"):
         getattr(workspace, name).view(torch.int32).fill_(SENTINEL)
     for name in ("shares", "chunks", "all_chunks"):
         getattr(workspace, name).fill_(SENTINEL)

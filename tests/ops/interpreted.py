@@ -157,6 +157,7 @@ def test_step_is_the_specification(name: str, scoring: str, selection: str, inde
         generator=seeded(len(name)),
         index_dtype=index_dtype,
         padded=0 if name in UNPADDED else 2,
+        width=max(lengths) + 5 if selection == reference.TOP else None,
         scoring=scoring,
         selection=selection,
     )
