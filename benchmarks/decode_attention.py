@@ -386,6 +386,7 @@ def main() -> None:
     cases = [case for name in CASES if args.cases in (name, "all") for case in CASES[name]]
     bandwidth = memory_bandwidth() / 1e6
     report = header("decode_attention") | {"rows": []}
+    path = result_path("decode_attention", report["gpu"])
     print(f"{report['gpu']}, one layer, memory bandwidth {bandwidth / 1e6:.2f} TB/s")
     print(
         "context batch  heads  D bits budget score     select  |"
@@ -401,11 +402,11 @@ def main() -> None:
         times = f"{dense:6.1f} {row['hata_us']:7.1f} {ratio:6.2f} {row['floor_us']:6.1f}"
         in_model = f"{row['in_model_us'].get('dense', float('nan')):18.1f} {row['in_model_us']['hata']:7.1f}"
         print(f"{case.context:7} {case.batch:5} {form} | {times} | {stages} | {in_model}", flush=True)
+        if not args.no_dense:  # after every case: a run that is cut short has lost nothing
+            write_rows(path, report, lambda row: tuple(row[name] for name in (*Case._fields, "slots")))
         torch.cuda.empty_cache()
     if args.no_dense:
         return
-    path = result_path("decode_attention", report["gpu"])
-    write_rows(path, report, lambda row: tuple(row[name] for name in (*Case._fields, "slots")))
     print(path)
     draw(json.loads(path.read_text()))  # with the rows of earlier runs
 

@@ -51,23 +51,25 @@ def main() -> None:
     parser.add_argument("--client-flags", default="", help="more flags for the client")
     add_server_options(parser)
     args = parser.parse_args()
-    rates = args.rates.split(",")
+    workload = {"shape": args.shape} | {name: getattr(args, name) for name in WORKLOAD}
+    rows: dict[str, dict[str, Any]] = {rate: workload | {"rate": rate} for rate in args.rates.split(",")}
 
-    measured: dict[str, list[dict[str, float]]] = {}
+    report: dict[str, Any] = {}
     for mode, flags in server_flags(args).items():
         with serving(args.shape, args.prompts, flags) as (server, model, _):
-            measured[mode] = [load(server, model, args, rate) for rate in rates]
-            if mode == "hata":
-                hata = hata_settings(hata_state(server))
-
-    workload = {"shape": args.shape} | {name: getattr(args, name) for name in WORKLOAD}
-    pairs = zip(rates, measured["dense"], measured["hata"], strict=True)
-    rows = [workload | {"rate": rate, "dense": dense, "hata": sparse} for rate, dense, sparse in pairs]
-    report = header("serve_load") | {"hata": hata, "rows": rows}
-    path = result_path("serve_load", report["gpu"])
-    write_rows(path, report, lambda row: (row["shape"], *(row[name] for name in WORKLOAD), float(row["rate"])))
+            for rate, row in rows.items():
+                row[mode] = load(server, model, args, rate)
+                if mode == "hata":
+                    # After every rate: a run that is cut short has lost nothing.
+                    report = report or header("serve_load") | {"hata": hata_settings(hata_state(server))}
+                    path = result_path("serve_load", report["gpu"])
+                    write_rows(path, report | {"rows": [row]}, key)
     print(path)
     table(json.loads(path.read_text()))
+
+
+def key(row: dict[str, Any]) -> tuple:
+    return (row["shape"], *(row[name] for name in WORKLOAD), float(row["rate"]))
 
 
 def load(server: httpx.Client, model: Path, args: argparse.Namespace, rate: str) -> dict[str, float]:
