@@ -8,8 +8,9 @@ load is SGLang's own benchmark client (sglang.benchmark.serving, dataset generat
 after the other; "inf" sends everything at once. The model is a shape with dummy weights, and the tokenizer is made on
 the spot, so nothing is downloaded. Writes benchmarks/results/serve_load-GPU.json.
 
-The server turns each prompt's text into tokens, one prompt after the other: tens of milliseconds for 32K tokens, which
-limits the highest rates whatever the attention. From SGLang 0.5.23 on, --client-flags=--tokenize-prompt sends tokens.
+One process of the server turns each prompt's text into tokens, one prompt after the other, and streams all answers:
+tens of milliseconds for 32K tokens, which limits the highest rates whatever the attention. More of them may help,
+--server-flags="--tokenizer-worker-num 8"; from SGLang 0.5.23 on, --client-flags=--tokenize-prompt sends tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +39,16 @@ from benchmarks.common import (
 )
 
 WORKLOAD = ("prefix", "question", "output", "prompts")
-FIGURES = ("total_throughput", "output_throughput", "median_tpot_ms", "p99_tpot_ms", "median_ttft_ms")
+FIGURES = {  # of the client, with what the table calls them, and their decimals there
+    "total_throughput": ("tokens/s", 0),
+    "output_throughput": ("output tokens/s", 0),
+    "median_e2e_latency_ms": ("answer P50 ms", 0),
+    "p99_e2e_latency_ms": ("P99 ms", 0),
+    "median_tpot_ms": ("TPOT P50 ms", 2),
+    "p99_tpot_ms": ("P99 ms", 2),
+    "median_ttft_ms": ("TTFT P50 ms", 0),
+    "p99_ttft_ms": ("P99 ms", 0),
+}
 
 
 def main() -> None:
@@ -92,11 +102,12 @@ def load(server: httpx.Client, model: Path, args: argparse.Namespace, rate: str)
 
 def table(report: dict[str, Any]) -> None:
     print(f"{report['gpu']}, HATA's budget {report['hata']['budget']}; dense / HATA")
-    print("shape          prefix  prompts  rate       tokens/s    output tokens/s    TPOT P50 ms        P99 ms")
+    print("shape          prefix  prompts  rate" + "".join(f"{heading:>18}" for heading, _ in FIGURES.values()))
     for row in report["rows"]:
         print(f"{row['shape']:12} {row['prefix']:8}  {row['prompts']:7}  {row['rate']:>4}", end="")
-        for name, form in zip(FIGURES, (">7.0f", ">9.0f", ">6.2f", ">6.2f"), strict=False):
-            print(f"  {row['dense'][name]:{form}} / {row['hata'][name]:<{form[1:]}}", end="")
+        for name, (_, decimals) in FIGURES.items():
+            both = " / ".join(f"{row[mode][name]:.{decimals}f}" for mode in ("dense", "hata"))
+            print(f"{both:>18}", end="")
         print()
 
 
