@@ -93,6 +93,11 @@ def load_slots(p_slot, o_t, left, WIDE: tl.constexpr):
 @triton.jit
 def load_codes(code_cache, b_slot, o_word, m_c, H: tl.constexpr, HB: tl.constexpr, W: tl.constexpr):
     p_code = code_cache + b_slot.to(tl.int64)[:, :, None, None] * (H * W) + o_word
+    if o_word.shape[3] == 4 * HB:
+        # Threads are spread over a tile's dimensions from the one of the longest runs on. Of ties Triton 3.6 takes the
+        # first dimension and 3.8 the last, so that four threads would share a group. So groups are said to have runs
+        # of 2, which they have not. A load is only as wide as the longest runs allow, which are of 4 and true.
+        p_code = tl.max_contiguous(p_code, [2, 1, 1, 4])
     if H % HB == 0:
         return tl.load(p_code)
     else:
@@ -239,8 +244,11 @@ def score_kernel(
     RANKS: tl.constexpr = 4 if BINS <= 256 else 2
     WORDS: tl.constexpr = TOKENS // RANKS
     o_shift = tl.arange(0, RANKS) * (32 // RANKS)
-    p_rank = ranks + (i_b * H + o_h)[:, None, None] * (rank_stride // RANKS) + start // RANKS
-    p_rank += opaque(tl.arange(0, BG) * WORDS)[None, :, None] + tl.arange(0, WORDS)[None, None, :]
+    # Stored in one dimension, so that no order of dimensions comes between a thread and the words it has.
+    p_rank = ranks + (i_b * H + o_h)[None, None, :] * (rank_stride // RANKS) + start // RANKS
+    p_rank += tl.arange(0, WORDS)[:, None, None] + opaque(tl.arange(0, BG) * WORDS)[None, :, None]
+    p_rank = tl.reshape(p_rank, [WORDS * BG * HB])
+    m_rank = tl.reshape(tl.broadcast_to(m_h[None, None, :], [WORDS, BG, HB]), [WORDS * BG * HB])
     o_group = start // TOKENS + tl.arange(0, BG)[:, None]
     seed = luck_seed(length, layer)
 
@@ -272,7 +280,7 @@ def score_kernel(
             # Tiles are stored whole: beyond a request's last token goes the rank of no token.
             b_rank = tl.where((i_t + o_t < end)[:, :, None], b_rank, BINS - 1)
         b_word = tl.sum(tl.reshape(b_rank, [BG, WORDS, RANKS, HB]) << o_shift[None, None, :, None], axis=2)
-        tl.store(p_rank, tl.permute(b_word, [2, 0, 1]), mask=m_h[:, None, None])
+        tl.store(p_rank, tl.reshape(tl.permute(b_word, [1, 0, 2]), [WORDS * BG * HB]), mask=m_rank)
         p_rank += BT // RANKS
         if INTERPRETED:
             b_one = b_rank[:, :, :, None] == o_bin[None, None, None, :]
