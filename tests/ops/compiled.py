@@ -44,9 +44,8 @@ class Form(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A kernel's layouts (TTGIR), machine code, and bytes of shared memory that Triton asks for."""
+    """A kernel's machine code, and bytes of shared memory that Triton asks for."""
 
-    ttgir: str
     cubin: bytes
     shared: int
 
@@ -65,9 +64,8 @@ class Kernel(NamedTuple):
 
     def loops(self, folder: Path) -> list[list[str]]:
         """The instructions of each loop, by their names: from a branch's target, before it, to the branch."""
-        found = re.findall(
-            r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?(\w[\w.]*)([^;]*);", self.dump(folder, "--dump-sass")
-        )
+        instruction = r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?(\w[\w.]*)([^;]*);"  # address, name, operands
+        found = re.findall(instruction, self.dump(folder, "--dump-sass"))
         at = {int(address, 16): i for i, (address, _, _) in enumerate(found)}
         loops = []
         for i, (_, name, operands) in enumerate(found):
@@ -169,7 +167,7 @@ def step(form: Form, batch: int, context: int = 131_072) -> dict[str, Kernel]:
     for name, kernel in KERNELS.items():
         (cache,) = (entry[0] for entry in kernel.device_caches.values())
         (compiled,) = cache.values()
-        found[name] = Kernel(compiled.asm["ttgir"], compiled.asm["cubin"], compiled.metadata.shared)
+        found[name] = Kernel(compiled.asm["cubin"], compiled.metadata.shared)
     return found
 
 
