@@ -54,17 +54,24 @@ def test_auto_finds_the_weights_of_this_very_model(data: Path, served: SimpleNam
     assert resolve(HataConfig(weights="auto", scoring="hamming", bits=bits), served).scoring == "hamming"
 
 
-@pytest.mark.parametrize("bits", [64, 256])
+@pytest.mark.parametrize(("bits", "scoring", "served_by"), [(64, "auto", "hamming"), (256, "one-sided", "one-sided")])
 def test_without_shipped_weights_codes_are_untrained_and_the_log_says_so(
-    data: Path, served: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture, bits: int
+    data: Path,
+    served: SimpleNamespace,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    bits: int,
+    scoring: str,
+    served_by: str,
 ) -> None:
     served.model_path = str(make_model(tmp_path / "other", seed=5))
     with caplog.at_level(logging.WARNING):
-        config = resolve(HataConfig(weights="auto", scoring="auto", bits=bits), served)
-    assert (config.weights, config.scoring, config.bits) == ("none", "hamming", bits)
+        config = resolve(HataConfig(weights="auto", scoring=scoring, bits=bits), served)
+    assert (config.weights, config.scoring, config.bits) == ("none", served_by, bits)
     (record,) = caplog.records
     assert f"No trained hash weights of {bits} bits ship for {served.model_path}: codes are" in record.message
     assert "85 to 90 %" in record.message and f"hata-weights train {served.model_path} --text" in record.message
+    assert ("--hata-scoring one-sided chooses better" in record.message) == (scoring == "auto")
     check_fingerprint(config, served)
 
 
