@@ -62,10 +62,9 @@ def test_with_the_whole_context_as_budget_the_text_is_dense(
 
 
 def test_auto_serves_the_weights_that_ship_by_their_own_scoring(model: Path) -> None:
-    """By tensor-parallel ranks, each with a KV head and its codes: --hata-verify counts what all of them chose. Two
-    processes answer, which rebuild the server's settings for themselves."""
+    """By tensor-parallel ranks, each with a KV head and its codes. --hata-verify counts what all of them chose."""
     flags = ["--hata", "--hata-weights", "auto", "--hata-budget", "128", "--hata-min-context", "0"]
-    flags += ["--hata-sink", "4", "--hata-recent", "16", "--tp-size", str(RANKS), "--tokenizer-worker-num", "2"]
+    flags += ["--hata-sink", "4", "--hata-recent", "16", "--tp-size", str(RANKS)]
     with serving(model, *flags, *VERIFY) as server:
         before = server.hata()
         server.generate(PROMPTS[0], 8)
