@@ -54,7 +54,10 @@ def test_auto_finds_the_weights_of_this_very_model(data: Path, served: SimpleNam
     assert resolve(HataConfig(weights="auto", scoring="hamming", bits=bits), served).scoring == "hamming"
 
 
-@pytest.mark.parametrize(("bits", "scoring", "served_by"), [(64, "auto", "hamming"), (256, "one-sided", "one-sided")])
+@pytest.mark.parametrize(
+    ("bits", "scoring", "served_by"),
+    [(64, "auto", "hamming"), (256, "auto", "hamming"), (256, "one-sided", "one-sided")],
+)
 def test_without_shipped_weights_codes_are_untrained_and_the_log_says_so(
     data: Path,
     served: SimpleNamespace,
