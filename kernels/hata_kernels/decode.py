@@ -28,6 +28,7 @@ def hata_decode_step(
     scale: float,
     layer: int = 0,
     out: Tensor | None = None,
+    size_cache: Tensor | None = None,
     store_kv: bool = True,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
@@ -47,6 +48,8 @@ def hata_decode_step(
         sink, recent: the first and last tokens that are always selected.
         scale: multiplies q . k, usually D ** -0.5.
         layer: a number below 2^31; the luck of tokens is another in each layer (`reference.luck`).
+        size_cache: [S, H] int16, contiguous, the keys' sizes, to stretch distances by (`reference.stretch`); those of
+            the step's keys are written into it.
         store_kv: False where the step's keys and values are in the pools already; fp8 pools must be.
         k_scale, v_scale: what fp8 keys and values are multiplied by.
 
@@ -60,8 +63,10 @@ def hata_decode_step(
     """
     if len(code_cache) > 1 << SLOT_BITS:
         raise ValueError(f"{len(code_cache)} slots: expected at most {1 << SLOT_BITS}")
-    hash_decode_step(q, k, v, projection, k_pool, v_pool, code_cache, loc, workspace, store_kv=store_kv)
+    pools = k_pool, v_pool, code_cache
+    hash_decode_step(q, k, v, projection, *pools, loc, workspace, size_cache=size_cache, store_kv=store_kv)
     batch = q.shape[0]
-    score_and_count(code_cache, slot_table, workspace, batch, sink=sink, recent=recent, layer=layer)
+    kept = {"sink": sink, "recent": recent}
+    score_and_count(code_cache, slot_table, workspace, batch, **kept, layer=layer, size_cache=size_cache)
     select_slots(slot_table, workspace, batch, layer)
     return attend(q, k_pool, v_pool, slot_table, workspace, scale, out, k_scale=k_scale, v_scale=v_scale)

@@ -19,6 +19,7 @@ from hata_kernels.launch import (
     check_tensor,
     here,
     overlaps_launches,
+    rounded,
     wait_for_previous,
 )
 from hata_kernels.reference import (
@@ -28,6 +29,7 @@ from hata_kernels.reference import (
     ONE_SIDED,
     QUERIES,
     ROW_EXPONENT,
+    SIZE_EXPONENT,
     WORD_BITS,
     group_exponent,
 )
@@ -36,9 +38,7 @@ from hata_kernels.workspace import DecodeWorkspace
 MIN_EXPONENT = tl.constexpr(MIN_BIASED_EXPONENT)
 MAX_EXPONENT = tl.constexpr(MAX_BIASED_EXPONENT)
 OF_ROW = tl.constexpr(ROW_EXPONENT)
-# 1.5 * 2^23: adding it to |y| < 2^22 rounds y half to even and leaves the integer in the low mantissa bits.
-ROUND_MAGIC = tl.constexpr(12582912.0)
-ROUND_MAGIC_BITS = tl.constexpr(0x4B400000)
+OF_SIZE = tl.constexpr(SIZE_EXPONENT)
 OF_KEYS, OF_QUERIES = tl.constexpr(KEYS), tl.constexpr(QUERIES)
 
 HEAD_DIMS = (64, 96, 128, 256)
@@ -48,15 +48,26 @@ FEW_ROWS, MANY_ROWS = 16, 64
 
 
 @triton.jit
+def exponent_of(b_largest):
+    """Float32's biased exponent of the largest magnitude of rows, in the range that rows are scaled in."""
+    b_exponent = b_largest.to(tl.int32, bitcast=True) >> 23
+    return tl.minimum(tl.maximum(b_exponent, MIN_EXPONENT), MAX_EXPONENT)
+
+
+@triton.jit
+def size_of(b_total, b_exponent):
+    """`reference.hash_sizes` of summed magnitudes, each shifted by 8, and the rows' exponents."""
+    b_bits = b_total.to(tl.float32).to(tl.int32, bitcast=True) + ((b_exponent - OF_SIZE) << 23)
+    return (tl.maximum(b_bits, 0) >> 16).to(tl.int16)
+
+
+@triton.jit
 def integer_planes(b_x, b_largest, exponent):
     """Rows [M, D] float32 and what to scale each by [M] -> `reference.integer_rows` as two int8 planes (lo, hi), each
     integer 256 * hi + lo."""
-    b_exponent = b_largest.to(tl.int32, bitcast=True) >> 23
-    b_exponent = tl.minimum(tl.maximum(b_exponent, MIN_EXPONENT), MAX_EXPONENT)
     # As exponent fields: twice float32's bias, and ours.
-    b_scale = ((-b_exponent + (2 * 127 + exponent)) << 23).to(tl.float32, bitcast=True)
-    # Exact product, then one rounding: the same bits whether or not this becomes a fused multiply-add.
-    b_row = (b_x * b_scale[:, None] + ROUND_MAGIC).to(tl.int32, bitcast=True) - ROUND_MAGIC_BITS
+    b_scale = ((-exponent_of(b_largest) + (2 * 127 + exponent)) << 23).to(tl.float32, bitcast=True)
+    b_row = rounded(b_x * b_scale[:, None])
     b_lo = ((b_row + 128) & 255) - 128
     b_hi = (b_row - b_lo) >> 8
     return b_lo.to(tl.int8), b_hi.to(tl.int8)
@@ -87,6 +98,7 @@ def hash_rows_kernel(
     x,
     projection,
     out,
+    sizes,
     loc,
     rows,
     x_token_stride,
@@ -98,6 +110,7 @@ def hash_rows_kernel(
     BM: tl.constexpr,
     BB: tl.constexpr,
     HAS_LOC: tl.constexpr,
+    SIZED: tl.constexpr,
 ):
     i_m = tl.program_id(0)
     i_h = tl.program_id(1)
@@ -108,18 +121,25 @@ def hash_rows_kernel(
     p_x = x + o_token * x_token_stride + i_h.to(tl.int64) * x_head_stride
     b_x = tl.load(p_x[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
     b_x = b_x.to(tl.float32)
-    b_lo, b_hi = integer_planes(b_x, tl.max(tl.abs(b_x), axis=1), OF_ROW)
+    b_largest = tl.max(tl.abs(b_x), axis=1)
+    b_lo, b_hi = integer_planes(b_x, b_largest, OF_ROW)
 
     o_out = o_token
     if HAS_LOC:
         o_out = tl.load(loc + o_token, mask=m_m, other=0).to(tl.int64)
     p_out = out + (o_out * H + i_h) * (BITS // 32)
     o_w = tl.arange(0, BB // 32)
+    b_total = tl.zeros([BM], tl.int32)
     for i_b in tl.static_range(BITS // BB):
         p_p = projection + (i_h * D + o_d)[:, None] * BITS + (i_b * BB + tl.arange(0, BB))[None, :]
         b_p = tl.load(p_p, mask=(o_d < D)[:, None], other=0)
-        b_words = pack((projected(b_lo, b_hi, b_p) > 0).to(tl.int32), BM, BB // 32)
+        b_acc = projected(b_lo, b_hi, b_p)
+        b_words = pack((b_acc > 0).to(tl.int32), BM, BB // 32)
         tl.store(p_out[:, None] + (i_b * (BB // 32) + o_w)[None, :], b_words, mask=m_m[:, None])
+        if SIZED:
+            b_total += tl.sum(tl.abs(b_acc) >> 8, axis=1)
+    if SIZED:
+        tl.store(sizes + o_out * H + i_h, size_of(b_total, exponent_of(b_largest)), mask=m_m)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -131,6 +151,7 @@ def hash_decode_step_kernel(
     k_pool,
     v_pool,
     code_cache,
+    size_cache,
     loc,
     planes,
     histogram,
@@ -157,6 +178,7 @@ def hash_decode_step_kernel(
     BP: tl.constexpr,
     BW: tl.constexpr,
     STORE_KV: tl.constexpr,
+    SIZED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A tile holds BR requests of one KV head, BG rows each: the G queries, the new key, and nothing in the rest. A
@@ -207,6 +229,10 @@ def hash_decode_step_kernel(
     if i_side == OF_KEYS:
         b_key = pack(tl.sum(tl.where(o_g == G, b_bit, 0), axis=1), BR, BW)
         tl.store(code_cache + (b_loc * H + i_h)[:, None] * (BITS // 32) + o_w, b_key, mask=m_r[:, None])
+        if SIZED:
+            b_total = tl.sum(tl.sum(tl.where(o_g == G, tl.abs(b_acc) >> 8, 0), axis=1), axis=1)
+            b_size = size_of(b_total, exponent_of(tl.max(tl.reshape(b_largest, [BR, BG]), axis=1)))
+            tl.store(size_cache + b_loc * H + i_h, b_size, mask=m_r)
         if i_w == 0:
             p_bin = histogram + (o_r.to(tl.int64) * H + i_h)[:, None] * BINS + tl.arange(0, BINS)[None, :]
             tl.store(p_bin, tl.zeros([BR, BINS], tl.int32), mask=m_r[:, None])
@@ -244,8 +270,10 @@ def check_projection(projection: Tensor, device: torch.device) -> tuple[int, int
     return H, D, bits
 
 
-def hash_rows(x: Tensor, projection: Tensor, out: Tensor, loc: Tensor | None = None) -> Tensor:
-    """Hash codes of keys (paper, Alg. 2), equal bit for bit to `reference.hash_codes`.
+def hash_rows(
+    x: Tensor, projection: Tensor, out: Tensor, loc: Tensor | None = None, sizes: Tensor | None = None
+) -> Tensor:
+    """Hash codes of keys (paper, Alg. 2), equal bit for bit to `reference.hash_codes`, and their sizes if asked for.
 
     Args:
         x: [N, H, D], bf16, fp16 or fp32, keys after RoPE. The last dimension is contiguous; the other strides are
@@ -254,6 +282,7 @@ def hash_rows(x: Tensor, projection: Tensor, out: Tensor, loc: Tensor | None = N
         out: [rows, H, bits / 32] int32, contiguous: the code cache of a layer, or a buffer of codes.
         loc: [N] int32 or int64: row i of ``x`` goes to ``out[loc[i]]``; to ``out[i]`` when None. Where two
             rows have the same loc, either may win (the dummy slot of padded rows).
+        sizes: [rows, H] int16, contiguous: gets `reference.hash_sizes`, where ``out`` gets codes.
 
     Returns:
         ``out``.
@@ -269,6 +298,8 @@ def hash_rows(x: Tensor, projection: Tensor, out: Tensor, loc: Tensor | None = N
         check_tensor("loc", loc, (N,), INDEX_DTYPES, x.device)
     elif out.shape[0] < N:
         raise ValueError(f"out: {out.shape[0]} rows for {N} rows of x")
+    if sizes is not None:
+        check_tensor("sizes", sizes, (out.shape[0], H), torch.int16, x.device)
     if N == 0:
         return out
 
@@ -279,6 +310,7 @@ def hash_rows(x: Tensor, projection: Tensor, out: Tensor, loc: Tensor | None = N
         x,
         projection,
         out,
+        out if sizes is None else sizes,
         out if loc is None else loc,
         N,
         x.stride(0),
@@ -290,6 +322,7 @@ def hash_rows(x: Tensor, projection: Tensor, out: Tensor, loc: Tensor | None = N
         BM=BM,
         BB=min(bits, 128),
         HAS_LOC=loc is not None,
+        SIZED=sizes is not None,
         num_warps=8 if BM == MANY_ROWS and BD == 256 else 4,
     )
     return out
@@ -306,6 +339,7 @@ def hash_decode_step(
     loc: Tensor,
     workspace: DecodeWorkspace,
     *,
+    size_cache: Tensor | None = None,
     store_kv: bool = True,
 ) -> None:
     """Everything that a layer's decode step writes before it scores, in one launch: keys, values and codes of the new
@@ -319,6 +353,7 @@ def hash_decode_step(
         code_cache: [S, H, bits / 32] int32, contiguous; row ``loc[b]`` gets the code of ``k[b]``.
         loc: [B] int32 or int64. Padded rows may share a dummy slot.
         workspace: gets ``planes``, equal to `reference.query_planes`, and a ``histogram`` of zeros.
+        size_cache: [S, H] int16, contiguous; row ``loc[b]`` gets the size of ``k[b]``.
         store_kv: False where the pool is of another dtype and has been written already.
 
     Raises:
@@ -333,6 +368,8 @@ def hash_decode_step(
     check_tensor("code_cache", code_cache, (None, H, bits // WORD_BITS), torch.int32, q.device)
     check_tensor("loc", loc, (B,), INDEX_DTYPES, q.device)
     check_tensor("workspace.planes", workspace.planes, (None, H, None, bits // WORD_BITS), torch.int32, q.device)
+    if size_cache is not None:
+        check_tensor("size_cache", size_cache, code_cache.shape[:2], torch.int16, q.device)
     if workspace.max_batch < B:
         raise ValueError(f"batch of {B}, workspace for {workspace.max_batch}")
     if store_kv:
@@ -347,8 +384,9 @@ def hash_decode_step(
     BR = max(1, FEW_ROWS // BG)
     one_sided = workspace.scoring == ONE_SIDED
     # A small batch is bound by latency: one word of bits a program spreads it over more multiprocessors. One-sided
-    # weights are rounded by the largest of all bits.
-    BW = bits // WORD_BITS if one_sided else 1 if B * BG <= 4 * FEW_ROWS else min(bits, 128) // WORD_BITS
+    # weights are rounded by the largest of all bits, and sizes are summed over them.
+    whole = one_sided or size_cache is not None
+    BW = bits // WORD_BITS if whole else 1 if B * BG <= 4 * FEW_ROWS else min(bits, 128) // WORD_BITS
     BD = triton.next_power_of_2(D)
     hash_decode_step_kernel[(triton.cdiv(B, BR), H, 2 * (bits // WORD_BITS // BW))](
         q,
@@ -358,6 +396,7 @@ def hash_decode_step(
         k_pool,
         v_pool,
         code_cache,
+        code_cache if size_cache is None else size_cache,
         loc,
         workspace.planes,
         workspace.histogram,
@@ -384,7 +423,8 @@ def hash_decode_step(
         BP=triton.next_power_of_2(workspace.planes.shape[2]),
         BW=BW,
         STORE_KV=store_kv,
+        SIZED=size_cache is not None,
         PDL=overlaps_launches(q.device),
         launch_pdl=overlaps_launches(q.device),
-        num_warps=8 if one_sided else 4,
+        num_warps=8 if whole else 4,
     )

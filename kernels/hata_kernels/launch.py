@@ -24,6 +24,10 @@ assert (MOST_LUCK, FAR_LUCK) == (8, 8 + 8 // 2)  # `luck_word` adds half of the 
 MOVE = tl.constexpr("mov.b32 $0, $1;")
 BYTE = tl.constexpr("prmt.b32 $0, $1, 0, $2;")  # one of a word, with zeros above
 
+# 1.5 * 2^23: adding it to |y| < 2^22 rounds y half to even and leaves the integer in the low mantissa bits.
+ROUND_MAGIC = tl.constexpr(12582912.0)
+ROUND_MAGIC_BITS = tl.constexpr(0x4B400000)
+
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KV_DTYPES = (torch.bfloat16, torch.float16)
@@ -40,6 +44,13 @@ def popcount(x):
         return (x * 0x01010101) >> 24
     else:
         return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def rounded(x):
+    """float32 below 2^22 -> int32, half to even. If ``x`` is an exact product, or none, the bits are the same whether
+    or not this becomes a fused multiply-add."""
+    return (x + ROUND_MAGIC).to(tl.int32, bitcast=True) - ROUND_MAGIC_BITS
 
 
 @triton.jit

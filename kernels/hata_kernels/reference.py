@@ -4,6 +4,7 @@
     hash     x            -> codes        sign bits of an integer projection            (paper, Alg. 2)
     weigh    queries      -> planes       what each bit is worth to a GQA group of queries
     score    planes       -> distances    weighted Hamming; with HAMMING, summed over the group  (Alg. 3)
+    stretch  distances    -> distances    by each key's size, where sizes are cached
     rank     distances    -> ranks        sinks and recent tokens before all others
     draw     ranks        -> ranks        some luck for every token (priority sampling)
     select   ranks        -> positions    the k lowest ranks, ties by position
@@ -59,6 +60,12 @@ GOLDEN, MIX_1, MIX_2 = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
 OCTAVES_A_ROOT = 5
 # Octaves are counted in sixteenths of a rank: one that is a tenth too short is, eight times over, nearly an octave.
 RANK_PARTS = 16
+# Sizes of keys are compared with that of the tokens before the current one, so many of them, in 64ths and up to 4 times.
+SIZED_TOKENS, SIZE_PARTS, MOST_PARTS = 16, 64, 255
+# Bits of a size's exponent that are taken off, so that the largest is a finite bfloat16.
+SIZE_EXPONENT = 158
+# The least size that others are divided by, as the bits of a bfloat16: its inverse is a normal float32.
+LEAST_SIZE = 16 << 7
 # Magnitudes of one-sided weights are rounded to sevenths of the largest: halfway points, in parts of 256.
 MAGNITUDE_STEPS = tuple(((2 * step - 1) * 256 + 7) // 14 for step in range(1, 8))
 
@@ -167,6 +174,29 @@ def hash_codes(x: Tensor, projection: Tensor) -> Tensor:
     return pack_bits(projected > 0).view(N, heads, bits // WORD_BITS)
 
 
+def hash_sizes(x: Tensor, projection: Tensor) -> Tensor:
+    """How large keys are, as their code sees them: the mean magnitude of the projections whose signs are the code.
+
+    A code times that is the nearest to the projections that a code times a number can be (Rastegari et al., XNOR-Net,
+    ECCV 2016, section 3.1). What a rotation is at right angles to, such as a bias of all keys, does not count.
+
+    Args:
+        x: [N, H, D] floating point, keys.
+        projection: [H, D, bits] int8, that of KEYS.
+
+    Returns:
+        [N, H] int16: the bits of a positive bfloat16, rounded down, in a unit that is the same for all keys. Keys below
+        2^-95 have size 0.
+    """
+    x = x.to(torch.float32)
+    projected = torch.einsum("nhd,hdb->nhb", integer_rows(x).to(torch.float64), projection.to(torch.float64))
+    # 2^8 less than the projections, so that the sum of 256 is an int32, which rounds to one float32 everywhere.
+    total = (projected.abs().to(torch.int64) >> 8).sum(-1).to(torch.int32)
+    biased = (x.abs().amax(dim=-1).view(torch.int32) >> 23).clamp(MIN_BIASED_EXPONENT, MAX_BIASED_EXPONENT)
+    bits = total.to(torch.float32).view(torch.int32) + ((biased - SIZE_EXPONENT) << 23)
+    return (bits.clamp(min=0) >> 16).to(torch.int16)
+
+
 def pack_bits(bits: Tensor) -> Tensor:
     """[..., bits] bool -> [..., bits / 32] int32, least significant bit first."""
     words = bits.unflatten(-1, (-1, WORD_BITS)).to(torch.int64)
@@ -264,6 +294,37 @@ def distances(planes: Tensor, key_codes: Tensor) -> Tensor:
     for p in range(planes.shape[1] - 1):
         total += popcount(differs & planes[:, 1 + p : 2 + p]).sum(-1, dtype=torch.int32) << p
     return total
+
+
+def relative_sizes(sizes: Tensor) -> Tensor:
+    """Sizes of a request's keys, relative to what is usual there: [L, H] int16 of `hash_sizes` -> [L, H] int32.
+
+    In parts of SIZE_PARTS, at most MOST_PARTS. Usual is the geometric mean, nearly, of the SIZED_TOKENS tokens before
+    the current one: the mean of the bits of floats. It only decides how finely distances are told apart, and how much
+    a token's luck is worth: the order of the keys is the same by any other.
+    """
+    usual = sizes[max(len(sizes) - 1 - SIZED_TOKENS, 0) : len(sizes) - 1].to(torch.int32)
+    mean = (usual.sum(0, dtype=torch.int32) // max(len(usual), 1)).clamp(min=LEAST_SIZE)
+    # With 16 digits, so that a product with a bfloat16 is exact and then rounded once.
+    inverse = (SIZE_PARTS / (mean << 16).view(torch.float32)).view(torch.int32) & -256
+    size = (sizes.to(torch.int32) << 16).view(torch.float32)
+    return torch.round((size * inverse.view(torch.float32)).clamp(max=MOST_PARTS)).to(torch.int32)
+
+
+def stretch(distance: Tensor, total: Tensor, relative: Tensor) -> Tensor:
+    """Distances times the keys' sizes, measured from that of keys at right angles to the queries, half of all weights.
+
+    Args:
+        distance: [H, L] int32.
+        total: [H] int32, summed magnitudes of the `query_weights`.
+        relative: [L, H] int32, of `relative_sizes`.
+
+    Returns:
+        [H, L] int32, at least 0.
+    """
+    total = total.unsqueeze(1)
+    doubled = total * SIZE_PARTS + (2 * distance - total) * relative.T
+    return ((doubled + SIZE_PARTS) >> SIZE_PARTS.bit_length()).clamp(min=0)
 
 
 def bins_of(group: int, bits: int, scoring: str = HAMMING) -> int:
@@ -411,6 +472,7 @@ def hata_decode(
     scoring: str = HAMMING,
     selection: str = SAMPLED,
     layer: int = 0,
+    size_cache: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """One decode step of one layer: all the steps above, request by request.
 
@@ -422,6 +484,7 @@ def hata_decode(
         projection: [2, H, D, bits] int8, that of KEYS and that of QUERIES, which made ``code_cache`` and make planes.
         selection: SAMPLED, or TOP for the best tokens alone, as in the paper.
         layer: luck is another in every layer.
+        size_cache: [S, H] int16, sizes of the keys (`hash_sizes`), to stretch distances by.
 
     Returns:
         The output [B, Hq, Dv], and for each request the selected positions [H, k] int64.
@@ -430,12 +493,18 @@ def hata_decode(
     G = query.shape[1] // H
     weights = query_weights(query, projection[QUERIES], scoring)
     planes, octave = query_planes(weights, magnitudes(G, scoring)), octaves(weights)
+    totals = weights.abs().sum(-1, dtype=torch.int32)
     bins = bins_of(G, bits, scoring)
     kept = budget.plan(torch.tensor([len(request) for request in slots])).tolist()
     head = torch.arange(H, device=query.device).unsqueeze(1)
     outputs, selected = [], []
-    for q, q_planes, q_octave, request_slots, k in zip(query, planes, octave, slots, kept, strict=True):
-        ranks = rank(distances(q_planes, code_cache[request_slots]), sink, recent, bins)
+    for q, q_planes, q_octave, total, request_slots, k in zip(
+        query, planes, octave, totals, slots, kept, strict=True
+    ):
+        distance = distances(q_planes, code_cache[request_slots])
+        if size_cache is not None:
+            distance = stretch(distance, total, relative_sizes(size_cache[request_slots]))
+        ranks = rank(distance, sink, recent, bins)
         chance = luck(len(request_slots), layer, query.device) * (selection == SAMPLED and k < len(request_slots))
         drawn = draw(ranks, chance, q_octave)
         positions = select_positions(drawn, k)

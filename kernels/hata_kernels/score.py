@@ -1,6 +1,6 @@
 """Score: distances of all cached keys to each group of queries, as ranks, and how many tokens have each rank.
 
-Specification: `reference.distances`, `reference.rank` and `reference.draw`. Ranks are small integers, so the cut that
+Specification: `reference.distances`, `reference.stretch`, `reference.rank` and `reference.draw`. Ranks are small integers, so the cut that
 selection needs is found by counting, with no sort. Counts of integers do not depend on the order of the additions.
 
 A program takes shares of consecutive tokens (`plan.plan_step`) and all KV heads, as a token's codes for all heads lie
@@ -25,10 +25,11 @@ from hata_kernels.launch import (
     octave_of,
     overlaps_launches,
     popcount,
+    rounded,
     squares,
     wait_for_previous,
 )
-from hata_kernels.reference import LUCK_TOKENS, SAMPLED
+from hata_kernels.reference import LEAST_SIZE, LUCK_TOKENS, MOST_PARTS, SAMPLED, SIZE_PARTS, SIZED_TOKENS
 from hata_kernels.workspace import FEW_REQUESTS, PIECE, DecodeWorkspace
 
 # Consecutive tokens that a thread scores at a time: their ranks, a byte each, are one word, and so is their luck.
@@ -41,6 +42,10 @@ SHARED_ARRAY = "{{ .shared .align 16 .b32 hata_array[{}]; mov.u32 $0, hata_array
 STORE = tl.constexpr("st.shared.b32 [$1], $2; mov.b32 $0, 0;")
 ADD = tl.constexpr("red.shared.add.u32 [$1], $2; mov.b32 $0, 0;")
 LOAD = tl.constexpr("ld.shared.b32 $0, [$1];")
+# Two bytes, with zeros above.
+LOAD_SIZE = tl.constexpr("{ .reg .u16 size; ld.global.u16 size, [$1]; cvt.u32.u16 $0, size; }")
+OF_SIZES, PARTS_OF_SIZE, MOST_OF_SIZE = tl.constexpr(SIZED_TOKENS), tl.constexpr(SIZE_PARTS), tl.constexpr(MOST_PARTS)
+SIZE_SHIFT, LEAST_MEAN = tl.constexpr(SIZE_PARTS.bit_length()), tl.constexpr(LEAST_SIZE)
 # Functions of three bits: (x ^ y) & z, and the two digits of x + y + z.
 DIFFERS = tl.constexpr("lop3.b32 $0, $1, $2, $3, 0x28;")
 SUM = tl.constexpr("lop3.b32 $0, $1, $2, $3, 0x96;")
@@ -102,6 +107,39 @@ def load_codes(code_cache, b_slot, o_word, m_c, H: tl.constexpr, HB: tl.constexp
         return tl.load(p_code)
     else:
         return tl.load(p_code, mask=m_c, other=0)
+
+
+@triton.jit
+def load_sizes(size_cache, b_slot, o_head, H: tl.constexpr):
+    """Sizes of the keys of some slots, [.., HB]. A plain load would spread them over the threads in its own way, and
+    hand them to those that have the tokens through shared memory, with barriers."""
+    p_size = size_cache + (b_slot.to(tl.int64)[:, :, None] * H + o_head[None, None, :])
+    if INTERPRETED:
+        return tl.load(p_size).to(tl.int32)
+    else:
+        p_size = p_size.to(tl.int64)
+        return tl.inline_asm_elementwise(LOAD_SIZE, "=r,l", [p_size], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def usual_size(size_cache, p_row, length, o_head, H: tl.constexpr):
+    """What `reference.relative_sizes` multiplies sizes by, [HB] float32."""
+    o_t = length - 2 - tl.arange(0, OF_SIZES)
+    b_slot = tl.load(p_row + o_t, mask=o_t >= 0, other=0).to(tl.int64)
+    b_size = tl.load(size_cache + (b_slot[:, None] * H + o_head[None, :]), mask=(o_t >= 0)[:, None], other=0)
+    b_mean = tl.sum(b_size.to(tl.int32), axis=0) // tl.maximum(tl.minimum(length - 1, OF_SIZES), 1)
+    b_mean = (tl.maximum(b_mean, LEAST_MEAN) << 16).to(tl.float32, bitcast=True)
+    b_inverse = tl.div_rn(tl.full(b_mean.shape, PARTS_OF_SIZE, tl.float32), b_mean)
+    return (b_inverse.to(tl.int32, bitcast=True) & -256).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def stretch(b_distance, b_weight, b_size, b_inverse):
+    """`reference.stretch`, by sizes as loaded."""
+    b_size = (b_size << 16).to(tl.float32, bitcast=True) * b_inverse
+    b_size = rounded(tl.minimum(b_size, MOST_OF_SIZE))
+    b_doubled = b_weight * PARTS_OF_SIZE + (2 * b_distance - b_weight) * b_size
+    return tl.maximum((b_doubled + PARTS_OF_SIZE) >> SIZE_SHIFT, 0)
 
 
 @triton.jit
@@ -176,6 +214,7 @@ def distances(b_code, b_sign, b_planes, P: tl.constexpr, HB: tl.constexpr, WV: t
 def score_kernel(
     planes,
     code_cache,
+    size_cache,
     slot_table,
     shares,
     ranks,
@@ -199,6 +238,7 @@ def score_kernel(
     STRIDE: tl.constexpr,
     DRAWS: tl.constexpr,
     WIDE: tl.constexpr,
+    SIZED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A tile is [groups of tokens, TOKENS, W / WV, heads x WV words]. A thread has WV words of a head, 16 bytes where a
@@ -225,12 +265,19 @@ def score_kernel(
     o_column = i_hb * HB + o_c // WV
     m_c = (o_column < H)[None, None, None, :]
     o_word = (tl.arange(0, W // WV) * WV)[None, None, :, None] + (o_column * W + o_c % WV)[None, None, None, :]
-    b_code = load_codes(code_cache, load_slots(p_slot, o_t, end - start, WIDE), o_word, m_c, H, HB, W)
-    b_next = load_codes(code_cache, load_slots(p_slot + BT, o_t, end - start - BT, WIDE), o_word, m_c, H, HB, W)
-    b_slot = load_slots(p_slot + 2 * BT, o_t, end - start - 2 * BT, WIDE)
-
     o_h = i_hb * HB + tl.arange(0, HB)
     m_h = o_h < H
+    b_slot = load_slots(p_slot, o_t, end - start, WIDE)
+    b_after = load_slots(p_slot + BT, o_t, end - start - BT, WIDE)
+    b_code = load_codes(code_cache, b_slot, o_word, m_c, H, HB, W)
+    b_next = load_codes(code_cache, b_after, o_word, m_c, H, HB, W)
+    if SIZED:
+        o_head = tl.minimum(o_h, H - 1)
+        b_size = load_sizes(size_cache, b_slot, o_head, H)
+        b_next_size = load_sizes(size_cache, b_after, o_head, H)
+        b_inverse = usual_size(size_cache, slot_table + row_start, length, o_head, H)[None, None, :]
+    b_slot = load_slots(p_slot + 2 * BT, o_t, end - start - 2 * BT, WIDE)
+
     o_bin = tl.arange(0, BINS)
     b_count = tl.zeros([HB, BINS], tl.int32)
     if INTERPRETED:
@@ -264,11 +311,26 @@ def score_kernel(
         for i_w in tl.static_range(1, WV):
             b_squares += b_words[i_w]
         b_octave = octave_of(tl.sum(b_squares, axis=2))
+    if SIZED:
+        b_bits = tl.zeros_like(b_sign)
+        for i_p in tl.static_range(P):
+            b_bits += popcount(b_planes[i_p]) << i_p
+        b_words = words_of(b_bits, HB, WV)
+        b_bits = b_words[0]
+        for i_w in tl.static_range(1, WV):
+            b_bits += b_words[i_w]
+        b_weight = tl.sum(b_bits, axis=2)
     for i_t in tl.range(start, end, BT, num_stages=1):
         b_loaded = load_codes(code_cache, b_slot, o_word, m_c, H, HB, W)
+        if SIZED:
+            b_loaded_size = load_sizes(size_cache, b_slot, o_head, H)
         p_slot += BT
         b_slot = load_slots(p_slot + 2 * BT, o_t, end - i_t - 3 * BT, WIDE)
         b_distance = distances(b_code, b_sign, b_planes, P, HB, WV)
+        if SIZED:
+            b_distance = stretch(b_distance, b_weight, b_size, b_inverse)
+            b_size = b_next_size
+            b_next_size = b_loaded_size
         b_rank = tl.minimum(b_distance + 1, BINS - 2)
         if DRAWS:
             b_luck = luck_of(luck_word(o_group, seed), tl.arange(0, TOKENS)[None, :])
@@ -308,6 +370,7 @@ def score_and_count(
     sink: int,
     recent: int,
     layer: int = 0,
+    size_cache: Tensor | None = None,
 ) -> None:
     """Ranks of every cached token of each request that selects, and how many tokens have each rank.
 
@@ -319,6 +382,7 @@ def score_and_count(
             ``share_counts``; a request that keeps all its tokens gets none.
         sink, recent: the first and the last tokens that are always kept (at least the last one is).
         layer: that of `reference.luck`.
+        size_cache: [S, H] int16, contiguous, the keys' sizes, to stretch distances by (`reference.stretch`).
 
     Raises:
         ValueError: on a shape, stride, dtype or device that the kernel would misread.
@@ -327,6 +391,8 @@ def score_and_count(
     _, H, planes, W = workspace.planes.shape
     check_tensor("code_cache", code_cache, (None, H, W), torch.int32, device)
     check_tensor("slot_table", slot_table, (None, None), torch.int32, device, contiguous=False)
+    if size_cache is not None:
+        check_tensor("size_cache", size_cache, (len(code_cache), H), torch.int16, device)
     if sink < 0 or recent < 0:
         raise ValueError(f"sink {sink} and recent {recent} must not be negative")
     if batch == 0:
@@ -336,6 +402,7 @@ def score_and_count(
     score_kernel[(workspace.pieces(batch)[0], triton.cdiv(H, HB))](
         workspace.planes,
         code_cache,
+        code_cache if size_cache is None else size_cache,
         slot_table,
         workspace.shares,
         workspace.ranks.view(torch.int32),
@@ -359,6 +426,7 @@ def score_and_count(
         STRIDE=bins + SKEW,
         DRAWS=workspace.selection == SAMPLED,
         WIDE=whole_groups and batch <= FEW_REQUESTS,  # with more requests single loads are 1 to 2 us faster
+        SIZED=size_cache is not None,
         PDL=overlaps_launches(device),
         launch_pdl=overlaps_launches(device),
         num_warps=shares.warps,

@@ -13,6 +13,7 @@ from hata_kernels.reference import Budget
 from hata_kernels.workspace import SLOT_BITS, DecodeWorkspace
 
 SENTINEL = 0x5A5A5A5A
+SIZE_SENTINEL = 0x5A5A
 # Rows hashed at a time by the specification, which works in float64.
 HASH_CHUNK = 8192
 
@@ -39,6 +40,7 @@ class Case:
     scoring: str = reference.HAMMING
     selection: str = reference.SAMPLED
     layer: int = 5
+    size_cache: Tensor | None = None
 
     @property
     def scale(self) -> float:
@@ -89,6 +91,11 @@ def reference_codes(x: Tensor, projection: Tensor) -> Tensor:
     return torch.cat([reference.hash_codes(part, projection) for part in x.split(HASH_CHUNK)])
 
 
+def reference_sizes(x: Tensor, projection: Tensor) -> Tensor:
+    """`reference.hash_sizes`, in chunks that fit a GPU."""
+    return torch.cat([reference.hash_sizes(part, projection) for part in x.split(HASH_CHUNK)])
+
+
 def random_projection(kv_heads: int, head_dim: int, bits: int, generator: torch.Generator) -> Tensor:
     return torch.randint(
         -128,
@@ -118,11 +125,12 @@ def make_case(
     width: int | None = None,
     scoring: str = reference.HAMMING,
     selection: str = reference.SAMPLED,
+    sized: bool = False,
 ) -> Case:
-    """A random step.
+    """A random step, with sizes of keys beside their codes if ``sized``.
 
     Slots are scattered over the pool; requests after the first share a prefix of the first one's slots, as
-    in a prefix cache. Slots that no request holds are NaN in both pools and sentinels in the code cache, as are
+    in a prefix cache. Slots that no request holds are NaN in both pools and sentinels in the caches of codes and sizes, as are
     those of the current tokens, which the step must write. Entries of the slot table that no request has are sentinels,
     far beyond the pool. Its rows have ``width`` of them, else room for whole groups of four tokens, as in SGLang.
     ``padded`` rows at the end have row 0, length 1 and slot 0.
@@ -163,6 +171,11 @@ def make_case(
     code_cache = reference_codes(k_pool.nan_to_num(), projection[reference.KEYS])
     code_cache[unused] = SENTINEL
     code_cache[last] = SENTINEL
+    size_cache = None
+    if sized:
+        size_cache = reference_sizes(k_pool.nan_to_num(), projection[reference.KEYS])
+        size_cache[unused] = SIZE_SENTINEL
+        size_cache[last] = SIZE_SENTINEL
 
     rows = B + 2 if rows is None else rows
     width = -(-max(lengths) // 4) * 4 if width is None else width
@@ -194,6 +207,7 @@ def make_case(
         recent=recent,
         scoring=scoring,
         selection=selection,
+        size_cache=size_cache,
     )
 
 
@@ -215,6 +229,16 @@ def expected_codes(case: Case) -> Tensor:
     return codes
 
 
+def expected_sizes(case: Case) -> Tensor | None:
+    """The cache of sizes after the step, but for slot 0; None where keys have no sizes."""
+    if case.size_cache is None:
+        return None
+    sizes = case.size_cache.clone()
+    B = len(case.slots)
+    sizes[case.loc[:B].long()] = reference.hash_sizes(case.k[:B], case.projection[reference.KEYS])
+    return sizes
+
+
 def expected_weights(case: Case) -> Tensor:
     """[B, H, bits] int32."""
     return reference.query_weights(case.q, case.projection[reference.QUERIES], case.scoring)
@@ -233,10 +257,14 @@ def expected_luck(case: Case, length: int) -> Tensor:
 def expected_ranks(case: Case, codes: Tensor) -> list[Tensor]:
     """[H, L] int32 for each request, as drawn, given the code cache after the step."""
     bins = reference.bins_of(case.group, case.projection.shape[-1], case.scoring)
-    octaves = reference.octaves(expected_weights(case))
+    weights, sizes = expected_weights(case), expected_sizes(case)
+    octaves, totals = reference.octaves(weights), weights.abs().sum(-1)
     drawn = []
-    for planes, octave, request in zip(expected_planes(case), octaves, case.slots, strict=False):
-        ranks = reference.rank(reference.distances(planes, codes[request]), case.sink, case.recent, bins)
+    for planes, octave, total, request in zip(expected_planes(case), octaves, totals, case.slots, strict=False):
+        distances = reference.distances(planes, codes[request])
+        if sizes is not None:
+            distances = reference.stretch(distances, total, reference.relative_sizes(sizes[request]))
+        ranks = reference.rank(distances, case.sink, case.recent, bins)
         drawn.append(reference.draw(ranks, expected_luck(case, len(request)), octave))
     return drawn
 
@@ -271,6 +299,9 @@ def check_step(case: Case, workspace: DecodeWorkspace, codes: Tensor) -> list[Ch
     last = case.loc[:n].long()
     assert torch.equal(case.k_pool[last], case.k[:n]) and torch.equal(case.v_pool[last], case.v[:n]), "pools"
     assert torch.equal(case.code_cache[1:], codes[1:]), "codes of the step's keys, or of others"
+    sizes = expected_sizes(case)
+    if case.size_cache is not None and sizes is not None:
+        assert torch.equal(case.size_cache[1:], sizes[1:]), "sizes of the step's keys, or of others"
     assert workspace.kept[:B].tolist() == case.kept + [1] * (B - n), "plan"
     assert torch.equal(workspace.planes[:B], expected_planes(case)), "planes of the queries"
     assert not workspace.arrivals.any(), "arrivals after the step"

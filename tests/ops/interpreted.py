@@ -16,11 +16,13 @@ from hata_kernels.reference import Budget, Costs
 from hata_kernels.workspace import DecodeWorkspace
 from ops.cases import (
     SENTINEL,
+    SIZE_SENTINEL,
     Case,
     assert_close,
     attend_to_all,
     check_step,
     expected_codes,
+    expected_sizes,
     expected_output,
     make_case,
     poison,
@@ -72,6 +74,7 @@ def step(case: Case, room: DecodeWorkspace) -> torch.Tensor:
         scale=case.scale,
         layer=case.layer,
         out=torch.full_like(case.q, float("nan")),
+        size_cache=case.size_cache,
     )
 
 
@@ -87,7 +90,7 @@ def test_hash_rows_is_exact(heads: int, head_dim: int, bits: int, tokens: int, d
     x = fused.to(dtype)[:, 1:-1, :head_dim]
     x[tokens // 2] = 0
     projection = random_projection(heads, head_dim, bits, generator)
-    expected = reference.hash_codes(x, projection)
+    expected, sizes_of_x = reference.hash_codes(x, projection), reference.hash_sizes(x, projection)
     assert torch.equal(hash_rows(x, projection, torch.full_like(expected, SENTINEL)), expected)
 
     for index_dtype in (torch.int32, torch.int64):
@@ -96,6 +99,11 @@ def test_hash_rows_is_exact(heads: int, head_dim: int, bits: int, tokens: int, d
         wanted = out.clone()
         wanted[loc] = expected
         assert torch.equal(hash_rows(x, projection, out, loc.to(index_dtype)), wanted)
+        sizes = torch.full((tokens + 9, heads), SIZE_SENTINEL, dtype=torch.int16)
+        wanted_sizes = sizes.clone()
+        wanted_sizes[loc] = sizes_of_x
+        assert torch.equal(hash_rows(x, projection, out, loc.to(index_dtype), sizes), wanted)
+        assert torch.equal(sizes, wanted_sizes)
 
 
 def test_hash_rows_of_extreme_magnitudes_is_exact() -> None:
@@ -103,8 +111,9 @@ def test_hash_rows_of_extreme_magnitudes_is_exact() -> None:
     x = torch.randn(8, 1, 64, generator=generator)
     x *= torch.tensor([2.0**n for n in (-149, -126, -120, -114, 0, 60, 120, 125)]).view(8, 1, 1)
     projection = random_projection(1, 64, 64, generator)
-    out = torch.empty((8, 1, 2), dtype=torch.int32)
-    assert torch.equal(hash_rows(x, projection, out), reference.hash_codes(x, projection))
+    out, sizes = torch.empty((8, 1, 2), dtype=torch.int32), torch.empty((8, 1), dtype=torch.int16)
+    assert torch.equal(hash_rows(x, projection, out, sizes=sizes), reference.hash_codes(x, projection))
+    assert torch.equal(sizes, reference.hash_sizes(x, projection))
 
 
 def test_hashing_nothing_changes_nothing() -> None:
@@ -135,15 +144,18 @@ UNPADDED = ("one", "two of four", "three of sixteen")  # batches of a few reques
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize(
-    ("scoring", "selection", "index_dtype"),
+    ("scoring", "selection", "index_dtype", "sized"),
     [
-        (reference.HAMMING, reference.SAMPLED, torch.int32),
-        (reference.HAMMING, reference.TOP, torch.int64),
-        (reference.ONE_SIDED, reference.SAMPLED, torch.int64),
+        (reference.HAMMING, reference.SAMPLED, torch.int32, False),
+        (reference.HAMMING, reference.TOP, torch.int64, True),
+        (reference.ONE_SIDED, reference.SAMPLED, torch.int64, False),
+        (reference.ONE_SIDED, reference.SAMPLED, torch.int32, True),
     ],
     ids=str,
 )
-def test_step_is_the_specification(name: str, scoring: str, selection: str, index_dtype: torch.dtype) -> None:
+def test_step_is_the_specification(
+    name: str, scoring: str, selection: str, index_dtype: torch.dtype, sized: bool
+) -> None:
     lengths, budget, kv_heads, group, head_dim, bits = STEPS[name]
     dtype = torch.bfloat16 if index_dtype == torch.int32 else torch.float16
     case = make_case(
@@ -160,6 +172,7 @@ def test_step_is_the_specification(name: str, scoring: str, selection: str, inde
         width=max(lengths) + 5 if selection == reference.TOP else None,
         scoring=scoring,
         selection=selection,
+        sized=sized,
     )
     room = case.workspace(max_batch=len(case.q) + 1)
     poison(room)
@@ -183,6 +196,7 @@ def test_step_is_the_specification(name: str, scoring: str, selection: str, inde
         scoring=scoring,
         selection=selection,
         layer=case.layer,
+        size_cache=expected_sizes(case),
     )
     assert_close("the specification's output", specified, expected_output(case, chosen), DTYPE_RATIO[dtype])
     for mine, request, wanted in zip(chosen, case.slots, positions, strict=True):
