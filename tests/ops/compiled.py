@@ -41,6 +41,7 @@ class Form(NamedTuple):
     scoring: str = reference.HAMMING
     selection: str = reference.SAMPLED
     kv_dtype: torch.dtype = torch.bfloat16
+    sized: bool = False
 
 
 class Kernel(NamedTuple):
@@ -155,14 +156,15 @@ def step(form: Form, batch: int, context: int = 131_072) -> dict[str, Kernel]:
     q, k, v = (torch.zeros(B, heads, D, dtype=torch.bfloat16) for heads in (H * form.group, H, H))
     pools = [torch.zeros(64, H, D).to(form.kv_dtype) for _ in range(2)]
     codes = torch.zeros(64, H, form.bits // 32, dtype=torch.int32)
+    sizes = torch.zeros(64, H, dtype=torch.int16) if form.sized else None
     projection = torch.zeros(2, H, D, form.bits, dtype=torch.int8)
     # Rows as SGLang has them: the longest context and four more.
     table, row = torch.zeros(B, context + 4, dtype=torch.int32), torch.zeros(B, dtype=torch.int64)
     plan_step(torch.full((B,), context), row, room, Budget(tokens=kept))
-    encode.hash_rows(k, projection[reference.KEYS], codes, row)
+    encode.hash_rows(k, projection[reference.KEYS], codes, row, sizes)
     quantised = form.kv_dtype != torch.bfloat16
     tensors = q, k, v, *pools, codes, projection, table, row
-    hata_decode_step(*tensors, room, sink=4, recent=16, scale=D**-0.5, store_kv=not quantised)
+    hata_decode_step(*tensors, room, sink=4, recent=16, scale=D**-0.5, size_cache=sizes, store_kv=not quantised)
     found = {}
     for name, kernel in KERNELS.items():
         (cache,) = (entry[0] for entry in kernel.device_caches.values())
@@ -181,6 +183,8 @@ FORMS = {
     "five KV heads": Form(kv_heads=5, group=3, head_dim=96),
     "head_dim 256": Form(kv_heads=1, group=2, head_dim=256),
     "one-sided": Form(scoring=reference.ONE_SIDED),
+    "one-sided, with sizes": Form(scoring=reference.ONE_SIDED, sized=True),
+    "with sizes": Form(sized=True),
     "the best tokens alone": Form(selection=reference.TOP),
 }
 
@@ -203,7 +207,7 @@ def test_other_gpus(capability: int) -> None:
 
 
 @pytest.mark.parametrize("batch", [FEW, MORE])
-@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Llama-2-7B", "five KV heads", "one-sided", "the best tokens alone"])
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Llama-2-7B", "five KV heads", "one-sided", "one-sided, with sizes", "the best tokens alone"])
 def test_threads_of_the_score_kernel_keep_to_themselves(name: str, batch: int, tmp_path: Path) -> None:
     """No value of a tile goes from thread to thread, and no thread waits for another (kernels/README.md)."""
     scoring = [loop for loop in step(FORMS[name], batch)["score"].loops(tmp_path) if "POPC" in loop]
@@ -211,8 +215,10 @@ def test_threads_of_the_score_kernel_keep_to_themselves(name: str, batch: int, t
     for loop in scoring:
         exchanges = [name for name in loop if re.match("BAR|SHFL|LDS|STS", name)]
         assert not exchanges, f"{exchanges} among {len(loop)} instructions"
-        # Codes of a thread's tokens are loaded at once, each; and up to 3 requests, the slots of all of them.
-        assert sum(name.startswith("LDG.E.128") for name in loop) == TOKENS + (batch == FEW)
+        # Codes of a thread's tokens are loaded at once, each; and up to 3 requests, the slots of all of them, with sizes
+        # twice, for Triton has two layouts for them.
+        slots = (1 + FORMS[name].sized) * (batch == FEW)
+        assert sum(name.startswith("LDG.E.128") for name in loop) == TOKENS + slots
 
 
 def test_the_score_kernel_gets_its_shared_memory_unasked(tmp_path: Path) -> None:
