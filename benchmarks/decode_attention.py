@@ -54,6 +54,7 @@ class Case(NamedTuple):
     budget: str = "1/64"
     scoring: str = reference.HAMMING
     selection: str = reference.SAMPLED
+    sized: bool = False
 
     @property
     def kept(self) -> int:
@@ -73,9 +74,9 @@ class Case(NamedTuple):
 
     @property
     def floor_bytes(self) -> int:
-        """Bytes of all codes, where there is something to select, and of the selected keys and values."""
-        codes = self.bits // 8 * self.kv_heads * self.batch * self.context * (self.kept < self.context)
-        return codes + self.bytes_read(self.kept / self.context)
+        """Bytes of all codes and sizes, where there is something to select, and of the selected keys and values."""
+        scored = self.kv_heads * self.batch * self.context * (self.kept < self.context)
+        return (self.bits // 8 + 2 * self.sized) * scored + self.bytes_read(self.kept / self.context)
 
 
 TABLE = [
@@ -95,6 +96,7 @@ FORMS = [
     Case(32_768, 8, scoring=reference.ONE_SIDED),
     Case(131_072, 8, scoring=reference.ONE_SIDED),
     Case(131_072, 1, scoring=reference.ONE_SIDED),
+    *(Case(*cut, scoring=reference.ONE_SIDED, sized=True) for cut in ((32_768, 8), (131_072, 8), (131_072, 1))),
     Case(32_768, 8, bits=64, scoring=reference.ONE_SIDED),
     Case(32_768, 8, q_heads=14, kv_heads=2, head_dim=64),
     Case(32_768, 8, q_heads=64, kv_heads=8),
@@ -118,6 +120,7 @@ class Layers:
     k_pools: list[Tensor]
     v_pools: list[Tensor]
     codes: list[Tensor]
+    sizes: list[Tensor | None]
     projection: Tensor
     q: Tensor
     k: Tensor
@@ -144,16 +147,18 @@ class Layers:
             -128, 128, (2, H, D, case.bits), dtype=torch.int8, device="cuda", generator=generator
         )
         k_pools = [normal(slots, H, D) for _ in range(n)]
-        codes = []
+        codes, sizes = [], []
         for pool in k_pools:
             out = torch.empty((slots, H, case.bits // 32), dtype=torch.int32, device="cuda")
-            codes.append(encode.hash_rows(pool, projection[reference.KEYS], out))
+            sizes.append(torch.empty((slots, H), dtype=torch.int16, device="cuda") if case.sized else None)
+            codes.append(encode.hash_rows(pool, projection[reference.KEYS], out, sizes=sizes[-1]))
         slot_table = (order + 1).view(B, L).int()
         return cls(
             case=case,
             k_pools=k_pools,
             v_pools=[normal(slots, H, D) for _ in range(n)],
             codes=codes,
+            sizes=sizes,
             projection=projection,
             q=normal(B, case.q_heads, D),
             k=normal(B, H, D),
@@ -199,6 +204,7 @@ class Layers:
             recent=RECENT,
             scale=self.scale,
             out=self.out,
+            size_cache=self.sizes[i],
         )
 
     def stages(self) -> dict[str, Callable[[int], Any]]:
@@ -206,9 +212,20 @@ class Layers:
         w, table, B = self.workspace, self.slot_table, self.case.batch
         return {
             "hash": lambda i: encode.hash_decode_step(
-                self.q, self.k, self.v, self.projection, self.k_pools[i], self.v_pools[i], self.codes[i], self.loc, w
+                self.q,
+                self.k,
+                self.v,
+                self.projection,
+                self.k_pools[i],
+                self.v_pools[i],
+                self.codes[i],
+                self.loc,
+                w,
+                size_cache=self.sizes[i],
             ),
-            "score": lambda i: score.score_and_count(self.codes[i], table, w, B, sink=SINK, recent=RECENT),
+            "score": lambda i: score.score_and_count(
+                self.codes[i], table, w, B, sink=SINK, recent=RECENT, size_cache=self.sizes[i]
+            ),
             "select": lambda _: topk.select_slots(table, w, B),
             "attend": lambda i: attend.attend(self.q, self.k_pools[i], self.v_pools[i], table, w, self.scale, self.out),
         }
@@ -279,6 +296,9 @@ class Layers:
         for h in range(H):
             codes = self.codes[0][slots, h : h + 1]
             distance = reference.distances(planes[h : h + 1], codes)
+            if (sizes := self.sizes[0]) is not None:
+                relative = reference.relative_sizes(sizes[slots, h : h + 1])
+                distance = reference.stretch(distance, weights[h : h + 1].abs().sum(-1), relative)
             ranks = reference.rank(distance, SINK, RECENT, self.workspace.bins)
             drawn = reference.draw(ranks, lucky, octaves[h : h + 1])
             positions = reference.select_positions(drawn, case.kept)
@@ -398,7 +418,7 @@ def main() -> None:
         stages = " ".join(f"{row['stages_us'][name]:6.1f}" for name in ("hash", "score", "select", "attend", "plan"))
         dense, ratio = row["dense_us"] or float("nan"), row["ratio"] or float("nan")
         form = f"{case.q_heads:3}/{case.kv_heads:<2} {case.head_dim:3} {case.bits:4} {case.budget:>6} "
-        form += f"{case.scoring:9} {case.selection:7}"
+        form += f"{case.scoring:9} {'sized' if case.sized else case.selection:7}"
         times = f"{dense:6.1f} {row['hata_us']:7.1f} {ratio:6.2f} {row['floor_us']:6.1f}"
         in_model = f"{row['in_model_us'].get('dense', float('nan')):18.1f} {row['in_model_us']['hata']:7.1f}"
         print(f"{case.context:7} {case.batch:5} {form} | {times} | {stages} | {in_model}", flush=True)

@@ -81,6 +81,7 @@ class HataBackend(AttentionBackend):
         source = "an untrained rotation" if config.weights == "none" else config.weights
         if config.weights != "none" and self.untrained:
             source += f" (layers before {self.untrained.stop}: an untrained rotation)"
+        sizes = " and sizes of keys" if codes.sizes else ""
         costs = self.budget.costs
         above = f"contexts above {max(self.budget.min_context, self.budget.tokens, self.budget.floor)} tokens"
         if costs is not None:
@@ -93,7 +94,7 @@ class HataBackend(AttentionBackend):
             f"HATA is active: budget {config.budget}{least} a KV head for {above} "
             f"(sink {config.sink}, recent {config.recent}, {config.selection}), "
             f"layers {codes.first_layer} to {self.layers - 1} of {self.layers}, "
-            f"{codes.bits}-bit codes from {source}: {codes.bytes_per_token} bytes a token, "
+            f"{codes.bits}-bit codes{sizes} from {source}: {codes.bytes_per_token} bytes a token, "
             f"{share:.1f} % of K and V."
         )
 
@@ -199,8 +200,9 @@ class HataBackend(AttentionBackend):
         farthest = bins_of(q.shape[1] // self.codes.kv_heads, self.codes.bits, config.scoring) - 3
         self.state.selections_checked += len(slots) * self.codes.kv_heads
         lucky = layer if config.selection == SAMPLED else None
+        sizes = self.codes.sizes.get(layer)
         self.state.selections_wrong += wrong_selections(
-            weights, codes, slots, selected, self.step.kept, config.sink, config.recent, farthest, lucky
+            weights, codes, slots, selected, self.step.kept, config.sink, config.recent, farthest, lucky, sizes
         )
 
     def forward_extend(self, *args: Any, **kwargs: Any) -> Tensor:

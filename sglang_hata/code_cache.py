@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from hata_kernels.reference import KEYS, WORD_BITS, hash_codes, popcount
+from hata_kernels.reference import KEYS, WORD_BITS, hash_codes, hash_sizes, popcount
 from sglang_hata.config import HataError
 
 # Slot 0 takes the writes of padding rows, of several at a time and in no order: nothing ever reads it.
@@ -26,9 +26,10 @@ class CodeCache:
         slots: slots of the KV pool, the padding slot included.
         projections: for each such layer, by its global number, [2, H, D, bits] int8 on the pool's device, of keys and
             of queries; H are the KV heads of this rank.
+        sized: sizes of the keys, too (``--hata-key-sizes``).
     """
 
-    def __init__(self, slots: int, projections: Mapping[int, Tensor]) -> None:
+    def __init__(self, slots: int, projections: Mapping[int, Tensor], sized: bool = False) -> None:
         self.projections = dict(projections)
         first = next(iter(self.projections.values()))
         _, self.kv_heads, self.head_dim, self.bits = first.shape
@@ -37,16 +38,21 @@ class CodeCache:
         self.codes = {
             layer: torch.zeros(shape, dtype=torch.int32, device=w.device) for layer, w in self.projections.items()
         }
+        self.sizes = {
+            layer: torch.zeros(shape[:2], dtype=torch.int16, device=w.device)
+            for layer, w in self.projections.items()
+            if sized
+        }
         self.first_layer = min(self.projections)
         self.tokens_hashed = 0
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that the codes of one token take, over all layers."""
-        return code_bytes_per_token(len(self.codes), self.kv_heads, self.bits)
+        """Bytes that the codes of one token take, over all layers, and its key's sizes."""
+        return code_bytes_per_token(len(self.codes), self.kv_heads, self.bits, bool(self.sizes))
 
     def size_bytes(self) -> int:
-        return sum(codes.nbytes for codes in self.codes.values())
+        return sum(rows.nbytes for rows in (*self.codes.values(), *self.sizes.values()))
 
     def write(self, layer: int, slots: Tensor, keys: Tensor) -> None:
         """Hashes the keys of new tokens into their slots.
@@ -56,19 +62,22 @@ class CodeCache:
             keys: [N, H, D] or [N, H * D], after RoPE, before any quantisation.
         """
         keys = keys.view(-1, self.kv_heads, self.head_dim)
+        projection, sizes = self.projections[layer][KEYS], self.sizes.get(layer)
         if keys.is_cuda:
             from hata_kernels.encode import hash_rows
 
-            hash_rows(keys, self.projections[layer][KEYS], self.codes[layer], slots)
+            hash_rows(keys, projection, self.codes[layer], slots, sizes)
         else:
-            self.codes[layer][slots] = hash_codes(keys, self.projections[layer][KEYS])
+            self.codes[layer][slots] = hash_codes(keys, projection)
+            if sizes is not None:
+                sizes[slots] = hash_sizes(keys, projection)
         if layer == self.first_layer:
             self.tokens_hashed += slots.numel()
 
     def move(self, target: Tensor, source: Tensor) -> None:
         """Copies codes from slot to slot, as the pool does with keys and values."""
-        for codes in self.codes.values():
-            codes[target] = codes[source]
+        for rows in (*self.codes.values(), *self.sizes.values()):
+            rows[target] = rows[source]
 
     def require_fresh(self, slots: Tensor, key_buffer: Callable[[int], Tensor]) -> None:
         """Checks the codes of some cached tokens in every layer.
@@ -98,19 +107,22 @@ class CodeCache:
                 )
 
     def stale(self, layer: int, keys: Tensor, rows: int = 8192) -> int:
-        """How many slots of a layer hold a code that is not the hash of their key; 0 unless something is broken.
+        """How many slots of a layer hold a code or a size that is not their key's; 0 unless something is broken.
 
         Args:
             keys: the layer's key buffer, [slots, H, D].
             rows: slots hashed at a time, to bound memory.
         """
         wrong = 0
+        projection, sizes = self.projections[layer][KEYS], self.sizes.get(layer)
         for start in range(PADDING_SLOT + 1, keys.shape[0], rows):
-            fresh = hash_codes(keys[start : start + rows], self.projections[layer][KEYS])
-            stored = self.codes[layer][start : start + rows]
-            wrong += int((fresh != stored).any(dim=-1).any(dim=-1).sum())
+            some = slice(start, start + rows)
+            differs = (hash_codes(keys[some], projection) != self.codes[layer][some]).any(dim=-1)
+            if sizes is not None:
+                differs |= hash_sizes(keys[some], projection) != sizes[some]
+            wrong += int(differs.any(dim=-1).sum())
         return wrong
 
 
-def code_bytes_per_token(layers: int, kv_heads: int, bits: int) -> int:
-    return layers * kv_heads * bits // 8
+def code_bytes_per_token(layers: int, kv_heads: int, bits: int, sized: bool) -> int:
+    return layers * kv_heads * (bits // 8 + 2 * sized)

@@ -236,7 +236,8 @@ def _add_code_bytes(cell_size: int, _self: Any, kvc: Any, num_layers: int) -> in
     from sglang_hata.projections import bits_of
 
     kv_heads = kvc.model_config.get_num_kv_heads(tensor_parallel()[1])
-    code_bytes = code_bytes_per_token(num_layers - config.dense_layers, kv_heads, bits_of(config))
+    layers = num_layers - config.dense_layers
+    code_bytes = code_bytes_per_token(layers, kv_heads, bits_of(config), config.key_sizes)
     return cell_size + code_bytes
 
 
@@ -286,7 +287,7 @@ def _pool_with_codes() -> type:
         def _create_buffers(self) -> None:
             super()._create_buffers()
             with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
-                self.codes = CodeCache(self.size + self.page_size, self._projections)
+                self.codes = CodeCache(self.size + self.page_size, self._projections, self.state.config.key_sizes)
 
         def _clear_buffers(self) -> None:
             super()._clear_buffers()

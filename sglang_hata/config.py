@@ -63,7 +63,13 @@ FLAGS = (
         "{hamming,one-sided}",
         "How a query is compared with codes. hamming binarises the queries of a group too, as the paper "
         "does; one-sided keeps them at 4 bits each, which tells keys apart better by the same codes. Default: what "
-        "the trained weights were trained for, and hamming for untrained codes.",
+        "the trained weights were trained for, and one-sided for untrained codes.",
+    ),
+    Flag(
+        "hata_key_sizes",
+        None,
+        "With untrained codes: cache how large each key is beside its code, 2 bytes a token and KV head, and score by "
+        "both. Chooses better where keys have no biases, and a little worse where they have.",
     ),
     Flag(
         "hata_selection",
@@ -114,6 +120,7 @@ class HataConfig:
         min_budget: the fewest tokens that a share comes to.
         bits: bits of an untrained code; a weights folder brings its own.
         scoring: ``"hamming"`` or ``"one-sided"``; ``"auto"``, with weights, until `projections.resolve` knows theirs.
+        key_sizes: cache sizes of keys, and score by them too.
         selection: ``"sampled"`` or ``"top"``.
         weights: a folder, ``"none"``, or ``"auto"`` until `projections.resolve` has looked.
         dense_layers: how many of the first layers attend to everything.
@@ -128,7 +135,8 @@ class HataConfig:
     budget: str = "2048"
     min_budget: int = 1024
     bits: int = 128
-    scoring: str = "hamming"
+    scoring: str = "one-sided"
+    key_sizes: bool = False
     selection: str = "sampled"
     weights: str = "none"
     dense_layers: int = 0

@@ -116,6 +116,7 @@ class SpecifiedDecoder:
             scoring=config.scoring,
             selection=config.selection,
             layer=layer.layer_id,
+            size_cache=codes.sizes.get(layer.layer_id),
         )
         if config.verify:
             backend.check_selections(layer.layer_id, q, slots, selected)
@@ -151,6 +152,7 @@ class KernelDecoder:
             [backend.pool.get_value_buffer(layer) for layer in layers],
             [codes.codes[layer] for layer in layers],
             [codes.projections[layer] for layer in layers],
+            [codes.sizes.get(layer) for layer in layers],
             q_heads=self.q_heads,
             dtype=self.dtype,
             max_context=self.max_context,
@@ -207,6 +209,7 @@ class KernelDecoder:
             recent=backend.config.recent,
             scale=layer.scaling,
             layer=layer.layer_id,
+            size_cache=backend.codes.sizes.get(layer.layer_id),
             store_kv=not quantised,
             k_scale=k_scale,
             v_scale=v_scale,

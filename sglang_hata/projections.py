@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hata_kernels.reference import HAMMING, ONE_SIDED
+from hata_kernels.reference import ONE_SIDED
 from hata_weights import artifact, shipped
 from hata_weights.biases import untrained_projections
 from hata_weights.fingerprint import folder_fingerprint
@@ -23,9 +23,8 @@ UNTRAINED = (
     "bits, they kept 85 to 90 %% of the attention that exact q.k keeps at a budget of 1/64, trained ones 97 to 98 %%; "
     "models whose keys have biases, as Qwen2's, kept 58 to 72 %%, and one of 1.5B answered 8.6 points worse over 32K "
     "tokens at 1/32 (trained: 0.2). "
-    "To train yours: hata-weights train %s --text FILES --out DIR, then --hata-weights DIR.%s"
+    "To train yours: hata-weights train %s --text FILES --out DIR, then --hata-weights DIR."
 )
-SCORING = " Until then --hata-scoring one-sided chooses better by the same codes."
 LONGER = (
     "The hash weights in %s were trained on up to %d tokens, and this server allows %d, where they may choose "
     "worse than untrained codes: train others with hata-weights train --tokens %d, or give --context-length %d."
@@ -49,13 +48,17 @@ def resolve(config: HataConfig, model: Any) -> HataConfig:
         found = shipped.find(fingerprint, config.bits, fitting)
         if found is None:
             unread = f" ({UNREAD})" if fitting and not fingerprint else ""
-            better = "" if config.scoring == ONE_SIDED else SCORING
-            logger.warning(UNTRAINED, config.bits, model.model_path, unread, model.model_path, better)
-            return replace(config, weights="none", scoring=HAMMING if config.scoring == AUTO else config.scoring)
+            logger.warning(UNTRAINED, config.bits, model.model_path, unread, model.model_path)
+            return replace(config, weights="none", scoring=ONE_SIDED if config.scoring == AUTO else config.scoring)
         logger.info("Hash weights that ship for %s: %s", model.model_path, found)
         config = replace(config, weights=str(found))
     if config.weights == "none":
         return config
+    if config.key_sizes:
+        raise HataError(
+            f"--hata-key-sizes does not go with the trained hash weights in {config.weights}, which choose worse by "
+            "sizes that they were not trained with: remove it, or give --hata-weights none."
+        )
     identity = read_identity(config)
     if 0 < identity.tokens < model.context_len:
         logger.warning(LONGER, config.weights, identity.tokens, model.context_len, model.context_len, identity.tokens)

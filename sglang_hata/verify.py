@@ -16,12 +16,14 @@ def wrong_selections(
     recent: int,
     farthest: int,
     layer: int | None = None,
+    sizes: Tensor | None = None,
 ) -> int:
     """How many selections (request, KV head) are not a best choice.
 
     A selection is right if it holds as many distinct tokens as it should, sinks and recent ones among them, and if
     the distances of the others are, as a multiset, the smallest there are. A key's distance is what it pays for the
-    bits in which it differs from what its group of queries prefers, less what luck spares it.
+    bits in which it differs from what its group of queries prefers, less what luck spares it. If keys have sizes,
+    what it pays above or below half of all weights is first multiplied by its own.
 
     Args:
         weights: [B, H, bits] int32: the sign is what the queries prefer, the magnitude what the other value costs.
@@ -31,6 +33,7 @@ def wrong_selections(
         kept: how many tokens each request should attend to.
         farthest: distances from here on count as equal.
         layer: draws the luck of this layer; None where there is no luck.
+        sizes: [S, H] int16, bits of bfloat16.
     """
     wrong = 0
     for preferred, request_slots, positions, k in zip(weights.cpu().numpy(), slots, selected, kept, strict=True):
@@ -40,7 +43,12 @@ def wrong_selections(
         forced = np.setdiff1d(np.arange(length), free)
         for head, chosen in enumerate(positions.cpu().numpy()):
             differs = keys[:, head] != (preferred[head] > 0)
-            distance = np.minimum((differs * np.abs(preferred[head])).sum(axis=1), farthest)
+            distance = (differs * np.abs(preferred[head])).sum(axis=1)
+            if sizes is not None:
+                size = sizes[request_slots, head].cpu().numpy().astype(np.int64)
+                all_weights = np.abs(preferred[head]).sum()
+                distance = (64 * all_weights + (2 * distance - all_weights) * _relative(size) + 64) // 128
+            distance = distance.clip(0, farthest)
             if layer is not None and k < length:
                 sixteenths = max(16, int(np.sqrt(np.square(preferred[head], dtype=np.int64).sum()) * 16 / 5 + 0.5))
                 distance = np.maximum(distance - (sixteenths * _luck(length, layer) + 8) // 16, 0)
@@ -53,6 +61,18 @@ def wrong_selections(
             ):
                 wrong += 1
     return wrong
+
+
+def _relative(sizes: np.ndarray) -> np.ndarray:
+    """[L] int64, bits of bfloat16 -> [L] int64: 64ths of the geometric mean of the 16 before the last, nearly."""
+    usual = max(int(sizes[-17:-1].sum()) // max(len(sizes[-17:-1]), 1), 2048)
+    parts = np.float32(64) / _float32(np.array([usual << 16]))
+    parts = _float32(parts.view(np.uint32).astype(np.int64) >> 8 << 8)  # a product with 8 digits is then exact
+    return np.rint(np.minimum(_float32(sizes << 16) * parts, 255)).astype(np.int64)
+
+
+def _float32(bits: np.ndarray) -> np.ndarray:
+    return bits.astype(np.uint32).view(np.float32)
 
 
 def _luck(length: int, layer: int) -> np.ndarray:

@@ -116,8 +116,9 @@ def parse() -> argparse.Namespace:
     where.add_argument(
         "--methods",
         default=METHODS,
-        help="dense, whole, trained@1/64, trained@2048, untrained128@1/64, ..., and top@1/64 for trained codes without "
-        "a sample of the rest (default: each at some budgets)",
+        help="dense, whole, trained@1/64, trained@2048, untrained128@1/64, ..., top@1/64 for trained codes without a "
+        "sample of the rest, sized128@1/64 for untrained codes with sizes of keys, and hamming128@1/64 for untrained "
+        "codes scored as in the paper (default: each at some budgets)",
     )
     where.add_argument("--weights", default="auto", help="trained hash weights: a folder, or auto (default: auto)")
     where.add_argument("--url", help="ask this running server instead")

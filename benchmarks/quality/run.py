@@ -42,7 +42,11 @@ class Method:
         name, _, budget = text.partition("@")
         kinds = {"trained": ["--hata-weights", weights]}
         kinds |= {"top": ["--hata-weights", weights, "--hata-selection", "top"]}
-        kinds |= {f"untrained{bits}": ["--hata-bits", str(bits), "--hata-weights", "none"] for bits in (64, 128, 256)}
+        for bits in (64, 128, 256):
+            untrained = ["--hata-bits", str(bits), "--hata-weights", "none"]
+            kinds[f"untrained{bits}"] = untrained
+            kinds[f"sized{bits}"] = [*untrained, "--hata-key-sizes"]
+            kinds[f"hamming{bits}"] = [*untrained, "--hata-scoring", "hamming"]
         if text == "dense":
             return cls(name, ALL, ())
         if text == "whole":
@@ -56,8 +60,8 @@ class Method:
             flags = ["--hata", "--hata-min-context", "0", "--hata-budget", size, *kinds[name]]
         except (KeyError, ValueError, ZeroDivisionError):
             raise SystemExit(
-                f"{text} is not a method: give dense, whole, or trained, top, untrained64, untrained128 or "
-                "untrained256 with a budget such as trained@1/64 or trained@2048."
+                f"{text} is not a method: give dense, whole, or trained, top, or untrained, sized or hamming with "
+                "64, 128 or 256 bits, and a budget, such as trained@1/64, trained@2048 or untrained128@1/32."
             ) from None
         return cls("whole" if text == "whole" else name, ALL if text == "whole" else budget, tuple(flags))
 

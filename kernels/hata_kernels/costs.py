@@ -31,6 +31,7 @@ def measure_costs(
     v_pools: Sequence[Tensor],
     code_caches: Sequence[Tensor],
     projections: Sequence[Tensor],
+    size_caches: Sequence[Tensor | None],
     *,
     q_heads: int,
     dtype: torch.dtype,
@@ -43,6 +44,7 @@ def measure_costs(
     Args:
         k_pools, v_pools, code_caches: of some layers, [S, H, D] and [S, H, W]. Slot 0 is written, the others are read.
         projections: of the same layers, [2, H, D, bits] int8.
+        size_caches: of the same layers, [S, H] int16, or None where keys have no sizes.
         q_heads: query heads.
         dtype: of the queries.
         max_context: the longest context.
@@ -58,7 +60,7 @@ def measure_costs(
     if len(lengths) < MIN_LENGTHS:
         return None
     device = k_pools[0].device
-    layers = list(zip(k_pools, v_pools, code_caches, projections, strict=True))[:MAX_LAYERS]
+    layers = list(zip(k_pools, v_pools, code_caches, projections, size_caches, strict=True))[:MAX_LAYERS]
     q, k, v = (torch.randn(1, heads, D, dtype=dtype, device=device) for heads in (q_heads, H, H))
     quantised = k_pools[0].dtype != dtype
     slot_table = torch.arange(1, longest + 1, dtype=torch.int32, device=device).unsqueeze(0)
@@ -81,9 +83,11 @@ def measure_costs(
         plan_step(torch.tensor([length], device=device), row, room, Budget(tokens=kept))
 
         def step() -> None:
-            for k_pool, v_pool, codes, projection in layers:
-                pools = k_pool, v_pool, codes, projection, slot_table, row
-                hata_decode_step(q, k, v, *pools, room, sink=0, recent=1, scale=D**-0.5, store_kv=not quantised)
+            for k_pool, v_pool, codes, projection, sizes in layers:
+                tensors = q, k, v, k_pool, v_pool, codes, projection, slot_table, row
+                hata_decode_step(
+                    *tensors, room, sink=0, recent=1, scale=D**-0.5, size_cache=sizes, store_kv=not quantised
+                )
 
         return _median_seconds(step) / len(layers) * 1e12
 

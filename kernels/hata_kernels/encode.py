@@ -57,7 +57,7 @@ def exponent_of(b_largest):
 @triton.jit
 def size_of(b_total, b_exponent):
     """`reference.hash_sizes` of summed magnitudes, each shifted by 8, and the rows' exponents."""
-    b_bits = b_total.to(tl.float32).to(tl.int32, bitcast=True) + ((b_exponent - OF_SIZE) << 23)
+    b_bits = tl.maximum(b_total, 1).to(tl.float32).to(tl.int32, bitcast=True) + ((b_exponent - OF_SIZE) << 23)
     return (tl.maximum(b_bits, 0) >> 16).to(tl.int16)
 
 

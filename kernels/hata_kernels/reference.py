@@ -60,7 +60,7 @@ GOLDEN, MIX_1, MIX_2 = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
 OCTAVES_A_ROOT = 5
 # Octaves are counted in sixteenths of a rank: one that is a tenth too short is, eight times over, nearly an octave.
 RANK_PARTS = 16
-# Sizes of keys are compared with that of the tokens before the current one, so many of them, in 64ths and up to 4 times.
+# Sizes of keys are compared with those of so many tokens before the current one, in 64ths and up to 4 times.
 SIZED_TOKENS, SIZE_PARTS, MOST_PARTS = 16, 64, 255
 # Bits of a size's exponent that are taken off, so that the largest is a finite bfloat16.
 SIZE_EXPONENT = 158
@@ -191,7 +191,7 @@ def hash_sizes(x: Tensor, projection: Tensor) -> Tensor:
     x = x.to(torch.float32)
     projected = torch.einsum("nhd,hdb->nhb", integer_rows(x).to(torch.float64), projection.to(torch.float64))
     # 2^8 less than the projections, so that the sum of 256 is an int32, which rounds to one float32 everywhere.
-    total = (projected.abs().to(torch.int64) >> 8).sum(-1).to(torch.int32)
+    total = (projected.abs().to(torch.int64) >> 8).sum(-1).clamp(min=1).to(torch.int32)
     biased = (x.abs().amax(dim=-1).view(torch.int32) >> 23).clamp(MIN_BIASED_EXPONENT, MAX_BIASED_EXPONENT)
     bits = total.to(torch.float32).view(torch.int32) + ((biased - SIZE_EXPONENT) << 23)
     return (bits.clamp(min=0) >> 16).to(torch.int16)
@@ -498,9 +498,7 @@ def hata_decode(
     kept = budget.plan(torch.tensor([len(request) for request in slots])).tolist()
     head = torch.arange(H, device=query.device).unsqueeze(1)
     outputs, selected = [], []
-    for q, q_planes, q_octave, total, request_slots, k in zip(
-        query, planes, octave, totals, slots, kept, strict=True
-    ):
+    for q, q_planes, q_octave, total, request_slots, k in zip(query, planes, octave, totals, slots, kept, strict=True):
         distance = distances(q_planes, code_cache[request_slots])
         if size_cache is not None:
             distance = stretch(distance, total, relative_sizes(size_cache[request_slots]))

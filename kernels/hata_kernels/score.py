@@ -1,7 +1,8 @@
 """Score: distances of all cached keys to each group of queries, as ranks, and how many tokens have each rank.
 
-Specification: `reference.distances`, `reference.stretch`, `reference.rank` and `reference.draw`. Ranks are small integers, so the cut that
-selection needs is found by counting, with no sort. Counts of integers do not depend on the order of the additions.
+Specification: `reference.distances`, `reference.stretch`, `reference.rank` and `reference.draw`. Ranks are small
+integers, so the cut that selection needs is found by counting, with no sort. Counts of integers do not depend on the
+order of the additions.
 
 A program takes shares of consecutive tokens (`plan.plan_step`) and all KV heads, as a token's codes for all heads lie
 side by side (128 bytes with 8 heads of 128 bits): it reads whole cache lines wherever SGLang put the slots, and reads

@@ -130,9 +130,10 @@ def make_case(
     """A random step, with sizes of keys beside their codes if ``sized``.
 
     Slots are scattered over the pool; requests after the first share a prefix of the first one's slots, as
-    in a prefix cache. Slots that no request holds are NaN in both pools and sentinels in the caches of codes and sizes, as are
-    those of the current tokens, which the step must write. Entries of the slot table that no request has are sentinels,
-    far beyond the pool. Its rows have ``width`` of them, else room for whole groups of four tokens, as in SGLang.
+    in a prefix cache. Slots that no request holds are NaN in both pools and sentinels in the caches of codes and sizes,
+    as are those of the current tokens, which the step must write. Entries of the slot table that no request has are
+    sentinels, far beyond the pool. Its rows have ``width`` of them, else room for whole groups of four tokens, as in
+    SGLang.
     ``padded`` rows at the end have row 0, length 1 and slot 0.
     """
     device = generator.device

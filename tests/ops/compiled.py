@@ -189,6 +189,9 @@ FORMS = {
 }
 
 
+ALONE = ["Llama-3.1-8B", "Llama-2-7B", "five KV heads", "one-sided", "one-sided, with sizes", "the best tokens alone"]
+
+
 @pytest.mark.parametrize("batch", [FEW, MORE])
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_compiles_within_a_threads_registers(name: str, batch: int, tmp_path: Path) -> None:
@@ -207,7 +210,7 @@ def test_other_gpus(capability: int) -> None:
 
 
 @pytest.mark.parametrize("batch", [FEW, MORE])
-@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Llama-2-7B", "five KV heads", "one-sided", "one-sided, with sizes", "the best tokens alone"])
+@pytest.mark.parametrize("name", ALONE)
 def test_threads_of_the_score_kernel_keep_to_themselves(name: str, batch: int, tmp_path: Path) -> None:
     """No value of a tile goes from thread to thread, and no thread waits for another (kernels/README.md)."""
     scoring = [loop for loop in step(FORMS[name], batch)["score"].loops(tmp_path) if "POPC" in loop]
@@ -215,8 +218,8 @@ def test_threads_of_the_score_kernel_keep_to_themselves(name: str, batch: int, t
     for loop in scoring:
         exchanges = [name for name in loop if re.match("BAR|SHFL|LDS|STS", name)]
         assert not exchanges, f"{exchanges} among {len(loop)} instructions"
-        # Codes of a thread's tokens are loaded at once, each; and up to 3 requests, the slots of all of them, with sizes
-        # twice, for Triton has two layouts for them.
+        # Codes of a thread's tokens are loaded at once; and up to 3 requests, the slots of all of them, twice with
+        # sizes, as Triton has two layouts for them.
         slots = (1 + FORMS[name].sized) * (batch == FEW)
         assert sum(name.startswith("LDG.E.128") for name in loop) == TOKENS + slots
 

@@ -17,6 +17,7 @@ from hata_kernels.score import score_and_count
 from hata_kernels.workspace import DecodeWorkspace
 from ops.cases import (
     SENTINEL,
+    SIZE_SENTINEL,
     Case,
     assert_close,
     attend_to_all,
@@ -28,6 +29,7 @@ from ops.cases import (
     poison,
     random_projection,
     reference_codes,
+    reference_sizes,
 )
 
 pytestmark = [
@@ -57,6 +59,7 @@ class Shape(NamedTuple):
     selection: str = SAMPLED
     index_dtype: torch.dtype = torch.int32
     padded: int = 0
+    sized: bool = False
 
 
 def ragged(batch: int, longest: int) -> list[int]:
@@ -84,6 +87,17 @@ SHAPES = {
     "b4-ragged-h2g7d64-256-one-sided-top": Shape(
         ragged(4, 12_289), SHARE, 2, 7, 64, 256, scoring=ONE_SIDED, selection=TOP
     ),
+    "b1-131071-h8g4d128-128-one-sided-sized": Shape(
+        [131_071], SHARE, 8, 4, 128, 128, scoring=ONE_SIDED, index_dtype=torch.int64, sized=True
+    ),
+    "b64-ragged-h8g4d128-128-one-sided-sized": Shape(
+        ragged(64, 4096), Budget(tokens=128), 8, 4, 128, 128, scoring=ONE_SIDED, sized=True
+    ),
+    "b13-ragged-h5g3d64-256-one-sided-sized": Shape(
+        ragged(13, 9999), SHARE, 5, 3, 64, 256, scoring=ONE_SIDED, padded=2, sized=True
+    ),
+    "b4-ragged-h2g7d64-64-sized-top": Shape(ragged(4, 12_289), SHARE, 2, 7, 64, 64, selection=TOP, sized=True),
+    "b2-32768-h32g1d128-128-sized": Shape([32_768, 20_001], SHARE, 32, 1, 128, 128, sized=True),
     "b32-16384-h1g4d64-64-nearly-all": Shape([16_384] * 32, Budget(tokens=15_000), 1, 4, 64, 64),
     "b3-2049-h2g16d128-256": Shape([2049, 2048, 2047], Budget(tokens=333), 2, 16, 128, 256),
 }
@@ -99,7 +113,7 @@ def build(name: str, shape: Shape, **options: int) -> Case:
 def run(case: Case, workspace: DecodeWorkspace, out: Tensor | None = None) -> Tensor:
     plan_step(case.seq_lens, case.req_rows, workspace, case.budget)
     options = {"sink": case.sink, "recent": case.recent, "scale": case.scale, "layer": case.layer}
-    return hata_decode_step(*case.arguments(), workspace, **options, out=out)
+    return hata_decode_step(*case.arguments(), workspace, **options, out=out, size_cache=case.size_cache)
 
 
 # Rows of a fused qkv start on 16-element boundaries and are read in place; others are copied first.
@@ -136,6 +150,11 @@ def test_hash_bits_are_exact(
     wanted = cache.clone()
     wanted[loc] = expected
     assert torch.equal(hash_rows(x, projection, cache, loc), wanted)
+    sizes = torch.full((tokens + 9, heads), SIZE_SENTINEL, dtype=torch.int16, device="cuda")
+    wanted_sizes = sizes.clone()
+    wanted_sizes[loc] = reference_sizes(x, projection)
+    assert torch.equal(hash_rows(x, projection, cache, loc, sizes), wanted)
+    assert torch.equal(sizes, wanted_sizes)
 
 
 def test_hash_of_extreme_magnitudes_is_exact() -> None:
@@ -147,7 +166,9 @@ def test_hash_of_extreme_magnitudes_is_exact() -> None:
     projection = random_projection(1, 64, 64, generator)
     # On the host: a GPU's own matrix products are beside the point here, its float32 conversions are not.
     expected = reference_codes(x.cpu(), projection.cpu()).cuda()
-    assert torch.equal(hash_rows(x, projection, torch.empty_like(expected)), expected)
+    sizes = torch.empty(9, 1, dtype=torch.int16, device="cuda")
+    assert torch.equal(hash_rows(x, projection, torch.empty_like(expected), sizes=sizes), expected)
+    assert torch.equal(sizes.cpu(), reference_sizes(x.cpu(), projection.cpu()))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)

@@ -23,6 +23,7 @@ from hata_kernels.reference import (
     doublings,
     draw,
     hash_codes,
+    hash_sizes,
     hata_decode,
     integer_rows,
     luck,
@@ -33,7 +34,9 @@ from hata_kernels.reference import (
     query_planes,
     query_weights,
     rank,
+    relative_sizes,
     select_positions,
+    stretch,
 )
 
 settings.register_profile("ops", deadline=None, max_examples=60, derandomize=True)
@@ -197,6 +200,60 @@ def test_random_keys_are_not_among_the_farthest(group: int, scoring: str) -> Non
     for weights in query_weights(q, projection, scoring):
         distance = distances(query_planes(weights, magnitudes(group, scoring)), codes)
         assert distance.median() < bins_of(group, 128, scoring) - 3
+
+
+def bfloat16(bits: int) -> float:
+    value: float = struct.unpack("<f", struct.pack("<I", bits << 16))[0]
+    return value
+
+
+@given(
+    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=3, max_size=3),
+    st.lists(st.lists(st.integers(-128, 127), min_size=32, max_size=32), min_size=3, max_size=3),
+)
+def test_sizes_are_the_magnitudes_of_projections_in_bfloat16(row: list[float], projection: list[list[int]]) -> None:
+    x = torch.tensor(row, dtype=torch.float32)
+    found = int(hash_sizes(x.view(1, 1, 3), torch.tensor(projection, dtype=torch.int8).unsqueeze(0)))
+    rows = integers_of(row)
+    columns = list(zip(*projection, strict=True))
+    total = sum(abs(sum(a * b for a, b in zip(rows, column, strict=True))) >> 8 for column in columns)
+    largest = struct.unpack("<I", struct.pack("<f", max(map(abs, row))))[0] >> 23
+    exact = Fraction(max(total, 1)) * Fraction(2) ** (min(max(largest, 13), 254) - 158)
+    if exact < Fraction(2) ** -126:
+        assert found == 0
+    else:
+        # One rounding to float32, and one down to bfloat16.
+        assert exact * (1 - Fraction(1, 127)) < Fraction(bfloat16(found)) <= exact * (1 + Fraction(1, 2**23))
+
+
+def test_sizes_are_in_proportion_whatever_the_magnitude() -> None:
+    generator = torch.Generator().manual_seed(4)
+    projection = torch.randint(-128, 128, (2, 64, 128), generator=generator, dtype=torch.int8)
+    x = torch.randn(7, 2, 64, generator=generator)
+    once = hash_sizes(x, projection).to(torch.int32)
+    assert (once > 0).all()
+    for octaves_larger in (-40, -1, 1, 30):
+        scaled = hash_sizes(x * 2.0**octaves_larger, projection).to(torch.int32)
+        assert torch.equal(scaled, once + (octaves_larger << 7))
+    assert (hash_sizes(x * 2.0**-120, projection) == 0).all() and (hash_sizes(x * 0, projection) == 0).all()
+
+
+@given(st.lists(st.integers(0, 0x7F7F), min_size=1, max_size=30))
+def test_relative_sizes_are_quotients_by_what_is_usual(sizes: list[int]) -> None:
+    usual = sizes[:-1][-16:]
+    mean = max(sum(usual) // max(len(usual), 1), 16 << 7)
+    expected = [min(round(Fraction(64) * Fraction(bfloat16(size)) / Fraction(bfloat16(mean))), 255) for size in sizes]
+    found = relative_sizes(torch.tensor(sizes, dtype=torch.int16).unsqueeze(1)).squeeze(1).tolist()
+    # The inverse has 16 digits, so quotients next to a half may be rounded the other way.
+    assert all(abs(a - b) <= 1 for a, b in zip(found, expected, strict=True))
+
+
+@given(st.lists(st.tuples(st.integers(0, 900), st.integers(0, 255)), min_size=1, max_size=20), st.integers(0, 900))
+def test_stretched_distances_are_as_far_from_half_as_the_key_is_large(keys: list[tuple[int, int]], total: int) -> None:
+    distance, relative = torch.tensor(keys, dtype=torch.int32).T
+    found = stretch(distance.unsqueeze(0), torch.tensor([total]), relative.unsqueeze(1)).squeeze(0).tolist()
+    half = Fraction(total, 2)
+    assert found == [max(math.floor(half + (d - half) * Fraction(n, 64) + Fraction(1, 2)), 0) for d, n in keys]
 
 
 @given(

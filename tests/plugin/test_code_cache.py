@@ -14,13 +14,16 @@ from hata_kernels.reference import (
     distances,
     draw,
     hash_codes,
+    hash_sizes,
     luck,
     magnitudes,
     octaves,
     query_planes,
     query_weights,
     rank,
+    relative_sizes,
     select_positions,
+    stretch,
 )
 from hata_weights import artifact
 from hata_weights.rotation import random_rotation, untrained_projection
@@ -32,10 +35,10 @@ from sglang_hata.state import ServingState
 from sglang_hata.verify import wrong_selections
 
 
-@pytest.fixture
-def cache() -> CodeCache:
+@pytest.fixture(params=[False, True], ids=["codes", "codes and sizes"])
+def cache(request: pytest.FixtureRequest) -> CodeCache:
     projections = {layer: untrained_projection(layer, range(3), 64, 128) for layer in (2, 3)}
-    return CodeCache(50, projections)
+    return CodeCache(50, projections, request.param)
 
 
 def test_codes_follow_their_keys(cache: CodeCache) -> None:
@@ -54,6 +57,10 @@ def test_codes_follow_their_keys(cache: CodeCache) -> None:
     assert cache.stale(2, keys, rows=7) == 0
     keys[49, 1] += 1
     assert cache.stale(2, keys, rows=7) == 1
+    if cache.sizes:
+        keys[49, 1] -= 1
+        keys[7] *= 2
+        assert cache.stale(2, keys, rows=7) == 1, "a key of the same code and of another size"
 
 
 def test_keys_that_came_past_their_codes_stop_the_first_step(cache: CodeCache) -> None:
@@ -83,7 +90,7 @@ def test_codes_of_keys_that_fp8_has_rounded_are_fresh(cache: CodeCache) -> None:
 
 
 def test_cost_of_codes(cache: CodeCache) -> None:
-    assert cache.bytes_per_token == 2 * 3 * 16
+    assert cache.bytes_per_token == 2 * 3 * (18 if cache.sizes else 16)
     assert cache.size_bytes() == 50 * cache.bytes_per_token
 
 
@@ -93,6 +100,8 @@ def test_the_kv_pool_is_sized_with_its_codes(monkeypatch: pytest.MonkeyPatch) ->
     with_hata = SimpleNamespace(**{compat.STAMP: HataConfig(dense_layers=1).to_dict() | {"command_line": True}})
     kvc = SimpleNamespace(server_args=with_hata, model_config=model)
     assert compat._add_code_bytes(1000, None, kvc, 32) == 1000 + 31 * 4 * 16
+    getattr(with_hata, compat.STAMP)["key_sizes"] = True
+    assert compat._add_code_bytes(1000, None, kvc, 32) == 1000 + 31 * 4 * 18
     kvc.server_args = SimpleNamespace()
     assert compat._add_code_bytes(1000, None, kvc, 32) == 1000, "without --hata nothing changes"
 
@@ -128,6 +137,7 @@ def test_tensor_parallel_ranks_hash_their_own_heads(total: int, size: int, heads
 @given(
     st.sampled_from(SCORINGS),
     st.sampled_from([None, 0, 7]),
+    st.booleans(),
     st.integers(1, 40),
     st.integers(1, 50),
     st.integers(0, 6),
@@ -135,23 +145,27 @@ def test_tensor_parallel_ranks_hash_their_own_heads(total: int, size: int, heads
     st.integers(0, 2**31),
 )
 def test_the_oracle_accepts_right_selections_and_no_other(
-    scoring: str, layer: int | None, L: int, k: int, sink: int, recent: int, seed: int
+    scoring: str, layer: int | None, sized: bool, L: int, k: int, sink: int, recent: int, seed: int
 ) -> None:
     k = min(max(k, sink + max(recent, 1)), L)
     generator = torch.Generator().manual_seed(seed)
     of_keys, of_queries = (untrained_projection(layer, range(2), 64, 128)[0] for layer in (0, 1))
-    keys = torch.randn(60, 2, 64, generator=generator)
+    keys = torch.randn(60, 2, 64, generator=generator) * torch.randn(60, 1, 1, generator=generator).exp()
+    sizes = hash_sizes(keys, of_keys) if sized else None
     codes = hash_codes(keys, of_keys)
     weights = query_weights(torch.randn(1, 6, 64, generator=generator), of_queries, scoring)
     slots = torch.randperm(60, generator=generator)[:L]
     bins = bins_of(3, 128, scoring)
-    ranks = rank(distances(query_planes(weights, magnitudes(3, scoring))[0], codes[slots]), sink, recent, bins)
+    distance = distances(query_planes(weights, magnitudes(3, scoring))[0], codes[slots])
+    if sizes is not None:
+        distance = stretch(distance, weights[0].abs().sum(-1), relative_sizes(sizes[slots]))
+    ranks = rank(distance, sink, recent, bins)
     if layer is not None and k < L:
         ranks = draw(ranks, luck(L, layer), octaves(weights)[0])
     positions = select_positions(ranks, k)
 
     def wrong(selected: torch.Tensor) -> int:
-        return wrong_selections(weights, codes, [slots], [selected], [k], sink, recent, bins - 3, layer)
+        return wrong_selections(weights, codes, [slots], [selected], [k], sink, recent, bins - 3, layer, sizes)
 
     assert wrong(positions) == 0
     if k > 1:

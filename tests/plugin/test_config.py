@@ -70,7 +70,7 @@ def test_weights_bring_their_own_scoring_unless_one_is_given() -> None:
         ({"hata_weights": "auto"}, "auto"),
         ({"hata_weights": "/"}, "auto"),
         ({"hata_weights": "auto", "hata_bits": "64", "hata_scoring": "hamming"}, "hamming"),
-        ({"hata_weights": "none"}, "hamming"),
+        ({"hata_weights": "none"}, "one-sided"),
         ({}, "auto"),
     ):
         config = HataConfig.from_options({"hata": True} | options)

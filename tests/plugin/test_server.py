@@ -84,9 +84,10 @@ QUESTIONS = [DOCUMENT + f"\n\nQuestion: {question}\nAnswer:" for question in ("W
 
 @pytest.fixture(scope="module")
 def small(model: Path) -> Iterator[Server]:
-    """A small budget, chunked and mixed prefill, forced retraction, and a pool that two documents fill."""
+    """A small budget, untrained codes and sizes, chunked and mixed prefill, forced retraction, and a pool that two
+    documents fill."""
     flags = ["--hata", "--hata-budget", str(BUDGET), "--hata-min-context", str(MIN_CONTEXT), "--hata-sink", "4"]
-    flags += ["--hata-recent", "16", "--hata-scoring", "one-sided"]
+    flags += ["--hata-recent", "16", "--hata-weights", "none", "--hata-key-sizes"]
     flags += ["--max-total-tokens", "4096", "--enable-mixed-chunk"]
     # With overlap, a GPU runs a step past the end of each request, and counts it.
     flags += ["--chunked-prefill-size", "512", "--disable-overlap-schedule"]
@@ -107,18 +108,18 @@ def assert_codes_and_selections_right(server: Server) -> None:
 
 def test_server_info_says_what_is_active(small: Server) -> None:
     state = small.hata()
-    assert {
-        name: state[name] for name in ("budget", "bits", "scoring", "dense_layers", "sink", "recent", "min_context")
-    } == {
+    shown = ("budget", "bits", "scoring", "key_sizes", "dense_layers", "sink", "recent", "min_context")
+    assert {name: state[name] for name in shown} == {
         "budget": "128",
         "bits": 128,
         "scoring": "one-sided",
+        "key_sizes": True,
         "dense_layers": 0,
         "sink": 4,
         "recent": 16,
         "min_context": 256,
     }
-    assert state["bytes_per_token"] == LAYERS * KV_HEADS * 16
+    assert state["bytes_per_token"] == LAYERS * KV_HEADS * 18
     lines = [line for line in small.log.read_text().splitlines() if "HATA is active" in line]
     assert len(lines) == 1 and f"{state['bytes_per_token']} bytes a token" in lines[0]
 

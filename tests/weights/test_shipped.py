@@ -54,9 +54,16 @@ def test_auto_finds_the_weights_of_this_very_model(data: Path, served: SimpleNam
     assert resolve(HataConfig(weights="auto", scoring="hamming", bits=bits), served).scoring == "hamming"
 
 
+def test_sizes_of_keys_are_refused_beside_trained_codes(data: Path, served: SimpleNamespace) -> None:
+    with pytest.raises(HataError, match=r"--hata-key-sizes does not go with .* remove it, or give --hata-weights none"):
+        resolve(HataConfig(weights="auto", scoring="auto", key_sizes=True), served)
+    untrained = HataConfig(key_sizes=True)
+    assert resolve(untrained, served) == untrained
+
+
 @pytest.mark.parametrize(
     ("bits", "scoring", "served_by"),
-    [(64, "auto", "hamming"), (256, "auto", "hamming"), (256, "one-sided", "one-sided")],
+    [(64, "auto", "one-sided"), (256, "auto", "one-sided"), (256, "hamming", "hamming")],
 )
 def test_without_shipped_weights_codes_are_untrained_and_the_log_says_so(
     data: Path,
@@ -74,7 +81,6 @@ def test_without_shipped_weights_codes_are_untrained_and_the_log_says_so(
     (record,) = caplog.records
     assert f"No trained hash weights of {bits} bits ship for {served.model_path}: codes are" in record.message
     assert "85 to 90 %" in record.message and f"hata-weights train {served.model_path} --text" in record.message
-    assert ("--hata-scoring one-sided chooses better" in record.message) == (scoring == "auto")
     check_fingerprint(config, served)
 
 

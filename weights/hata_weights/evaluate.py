@@ -73,6 +73,8 @@ def methods(shape: Shape, trained: tuple[Identity, Mapping[int, Tensor]] | None 
         Method("Quest", 4 * D / QUEST_PAGE, lambda sample, _: quest),
         Method("Loki", 2 * (D // 4), lambda sample, _: loki(sample)),
         *(untrained(bits) for bits in (128, 256)),
+        untrained(128, reference.ONE_SIDED),
+        untrained(128, reference.ONE_SIDED, sized=True),
     ]
     if trained is not None:
         identity, layers = trained
@@ -110,8 +112,8 @@ def loki(sample: Sample) -> Score:
     return lambda queries, keys: torch.bmm(torch.bmm(queries.sum(1), axes), torch.bmm(keys, axes).transpose(1, 2))
 
 
-def codes(sample: Sample, projection: Tensor, scoring: str) -> Score:
-    """Codes of `reference`, ranked as a server ranks them.
+def codes(sample: Sample, projection: Tensor, scoring: str, sized: bool = False) -> Score:
+    """Codes of `reference`, ranked as a server ranks them; with sizes, as it does at the end of the sample.
 
     Args:
         projection: [2, H, D, bits] int8, of keys and of queries.
@@ -121,6 +123,8 @@ def codes(sample: Sample, projection: Tensor, scoring: str) -> Score:
     _, H, _, bits = projection.shape
     words = reference.hash_codes(sample.keys.transpose(0, 1), projection[reference.KEYS])
     signs = (2 * reference.unpack_bits(words) - 1).to(torch.float32)
+    sizes = reference.hash_sizes(sample.keys.transpose(0, 1), projection[reference.KEYS]) if sized else None
+    relative = None if sizes is None else reference.relative_sizes(sizes).T.unsqueeze(1)
     bins = reference.bins_of(len(sample.queries) // H, bits, scoring)
 
     def score(queries: Tensor, keys: Tensor) -> Tensor:
@@ -128,20 +132,25 @@ def codes(sample: Sample, projection: Tensor, scoring: str) -> Score:
         weights = reference.query_weights(rows, projection[reference.QUERIES], scoring).to(torch.float32)
         # `reference.distances` for all queries at once; integers below 2^24 are exact in float32.
         agreement = torch.einsum("mhj,nhj->hmn", weights, signs)
-        distance = (weights.abs().sum(-1).T.unsqueeze(-1) - agreement) / 2
+        total = weights.abs().sum(-1).T.unsqueeze(-1)
+        distance = (total - agreement) / 2
+        if relative is not None:  # `reference.stretch`
+            parts = reference.SIZE_PARTS
+            distance = ((total * parts - agreement * relative + parts) / (2 * parts)).floor().clamp(min=0)
         return -(distance + 1).clamp(max=bins - 2)
 
     return score
 
 
-def untrained(bits: int, scoring: str = reference.HAMMING) -> Method:
-    """Codes of random rotations, as served."""
+def untrained(bits: int, scoring: str = reference.HAMMING, sized: bool = False) -> Method:
+    """Codes of random rotations, as served, and sizes of keys if asked for."""
 
     def prepare(sample: Sample, layer: int) -> Score:
         H, _, D = sample.keys.shape
-        return codes(sample, untrained_projection(layer, range(H), D, bits, sample.common), scoring)
+        return codes(sample, untrained_projection(layer, range(H), D, bits, sample.common), scoring, sized)
 
-    return Method(f"{scoring.capitalize()} {bits}, untrained", bits / 8, prepare)
+    name = f"{scoring.capitalize()} {bits}{' and sizes' if sized else ''}, untrained"
+    return Method(name, bits / 8 + 2 * sized, prepare)
 
 
 def rule(budget: int, sink: int, recent: int) -> reference.Budget:
