@@ -296,10 +296,12 @@ class Layers:
         for h in range(H):
             codes = self.codes[0][slots, h : h + 1]
             distance = reference.distances(planes[h : h + 1], codes)
+            total = weights[h : h + 1].abs().sum(-1, dtype=torch.int32)
             if (sizes := self.sizes[0]) is not None:
                 relative = reference.relative_sizes(sizes[slots, h : h + 1])
-                distance = reference.stretch(distance, weights[h : h + 1].abs().sum(-1), relative)
-            ranks = reference.rank(distance, SINK, RECENT, self.workspace.bins)
+                distance = reference.stretch(distance, total, relative)
+            nearest = reference.nearness(total, self.workspace.bins)
+            ranks = reference.rank(distance, SINK, RECENT, self.workspace.bins, nearest)
             drawn = reference.draw(ranks, lucky, octaves[h : h + 1])
             positions = reference.select_positions(drawn, case.kept)
             doubled = reference.doublings(drawn, lucky, octaves[h : h + 1], positions)

@@ -31,7 +31,7 @@ def wrong_selections(
         slots: for each request, the slots of its cached tokens in order of position.
         selected: for each request, positions [H, k].
         kept: how many tokens each request should attend to.
-        farthest: distances from here on count as equal.
+        farthest: distances from here on count as equal, and those below what puts half of all weights at 3/4 of it.
         layer: draws the luck of this layer; None where there is no luck.
         sizes: [S, H] int16, bits of bfloat16.
     """
@@ -48,7 +48,8 @@ def wrong_selections(
                 size = sizes[request_slots, head].cpu().numpy().astype(np.int64)
                 all_weights = np.abs(preferred[head]).sum()
                 distance = (64 * all_weights + (2 * distance - all_weights) * _relative(size) + 64) // 128
-            distance = distance.clip(0, farthest)
+            nearest = max(int(np.abs(preferred[head]).sum()) // 2 - 3 * (farthest + 3) // 4, 0)
+            distance = (distance - nearest).clip(0, farthest)
             if layer is not None and k < length:
                 sixteenths = max(16, int(np.sqrt(np.square(preferred[head], dtype=np.int64).sum()) * 16 / 5 + 0.5))
                 distance = np.maximum(distance - (sixteenths * _luck(length, layer) + 8) // 16, 0)

@@ -330,19 +330,34 @@ def stretch(distance: Tensor, total: Tensor, relative: Tensor) -> Tensor:
 def bins_of(group: int, bits: int, scoring: str = HAMMING) -> int:
     """How many different ranks there are: a power of two, 256 for codes of 128 bits, so that a rank is a byte.
 
-    Large groups, and one-sided weights, give distances beyond that, which count as equal. They are far from chosen: a
-    key that knows nothing of the queries pays for half of the bits, 0.4 * bits at 4 query heads, 1.6 * bits at 15.
+    Large groups, and one-sided weights, give distances beyond that: `nearness` says which of them count as equal.
     """
     return min(2 * bits, 1 << (magnitudes(group, scoring) * bits - 1).bit_length())
 
 
-def rank(distance: Tensor, sink: int, recent: int, bins: int) -> Tensor:
+def nearness(total: Tensor, bins: int) -> Tensor:
+    """The distance that ranks begin at: keys that are nearer count as equal. [...] int32, of ``total``.
+
+    A key that knows nothing of the queries pays for half of all weights. That has a rank of about 3/4 bins at most, so
+    that keys are told apart on both sides of it, also where the queries of a group agree in most bits, as where they
+    have biases: by 128 bits and 7 queries that agree in all, keys from 4.8 deviations nearer to 1.6 farther; by 16
+    queries, from 4.2 to 1.4.
+
+    Args:
+        total: [...] int32, summed magnitudes of the `query_weights`.
+        bins: `bins_of`.
+    """
+    return (total // 2 - 3 * bins // 4).clamp(min=0)
+
+
+def rank(distance: Tensor, sink: int, recent: int, bins: int, nearest: Tensor | None = None) -> Tensor:
     """Ranks to select by: 0 for tokens that are always kept, 1 + distance for all others, at most bins - 2.
 
     Rank bins - 1 is for no token.
 
     Args:
         distance: [H, L] int32.
+        nearest: [H] int32, of `nearness`: what distances are measured from, and none is below. 0 if None.
         sink: the first ``sink`` tokens are always kept.
         recent: so are the last ``recent``; at least 1, so that the current token always is.
         bins: `bins_of`.
@@ -350,6 +365,8 @@ def rank(distance: Tensor, sink: int, recent: int, bins: int) -> Tensor:
     L = distance.shape[-1]
     position = torch.arange(L, device=distance.device)
     kept = (position < sink) | (position >= L - max(recent, 1))
+    if nearest is not None:
+        distance = (distance - nearest.unsqueeze(1)).clamp(min=0)
     return torch.where(kept, 0, (distance + 1).clamp(max=bins - 2))
 
 
@@ -502,7 +519,7 @@ def hata_decode(
         distance = distances(q_planes, code_cache[request_slots])
         if size_cache is not None:
             distance = stretch(distance, total, relative_sizes(size_cache[request_slots]))
-        ranks = rank(distance, sink, recent, bins)
+        ranks = rank(distance, sink, recent, bins, nearness(total, bins))
         chance = luck(len(request_slots), layer, query.device) * (selection == SAMPLED and k < len(request_slots))
         drawn = draw(ranks, chance, q_octave)
         positions = select_positions(drawn, k)

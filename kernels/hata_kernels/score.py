@@ -1,8 +1,8 @@
 """Score: distances of all cached keys to each group of queries, as ranks, and how many tokens have each rank.
 
-Specification: `reference.distances`, `reference.stretch`, `reference.rank` and `reference.draw`. Ranks are small
-integers, so the cut that selection needs is found by counting, with no sort. Counts of integers do not depend on the
-order of the additions.
+Specification: `reference.distances`, `reference.stretch`, `reference.nearness`, `reference.rank` and `reference.draw`.
+Ranks are small integers, so the cut that selection needs is found by counting, with no sort. Counts of integers do not
+depend on the order of the additions.
 
 A program takes shares of consecutive tokens (`plan.plan_step`) and all KV heads, as a token's codes for all heads lie
 side by side (128 bytes with 8 heads of 128 bits): it reads whole cache lines wherever SGLang put the slots, and reads
@@ -312,7 +312,9 @@ def score_kernel(
         for i_w in tl.static_range(1, WV):
             b_squares += b_words[i_w]
         b_octave = octave_of(tl.sum(b_squares, axis=2))
-    if SIZED:
+    # Whether weights can come to so much that ranks do not begin at a distance of 0.
+    FAR: tl.constexpr = 2 * ((1 << P) - 1) * (32 * W) > 3 * BINS
+    if SIZED or FAR:
         b_bits = tl.zeros_like(b_sign)
         for i_p in tl.static_range(P):
             b_bits += popcount(b_planes[i_p]) << i_p
@@ -321,6 +323,9 @@ def score_kernel(
         for i_w in tl.static_range(1, WV):
             b_bits += b_words[i_w]
         b_weight = tl.sum(b_bits, axis=2)
+    b_first = 1
+    if FAR:
+        b_first = 1 - tl.maximum(b_weight // 2 - 3 * BINS // 4, 0)
     for i_t in tl.range(start, end, BT, num_stages=1):
         b_loaded = load_codes(code_cache, b_slot, o_word, m_c, H, HB, W)
         if SIZED:
@@ -332,11 +337,13 @@ def score_kernel(
             b_distance = stretch(b_distance, b_weight, b_size, b_inverse)
             b_size = b_next_size
             b_next_size = b_loaded_size
-        b_rank = tl.minimum(b_distance + 1, BINS - 2)
+        b_rank = tl.minimum(b_distance + b_first, BINS - 2)
         if DRAWS:
             b_luck = luck_of(luck_word(o_group, seed), tl.arange(0, TOKENS)[None, :])
-            b_rank = tl.maximum(b_rank - gain(b_luck[:, :, None], b_octave), 1)
+            b_rank -= gain(b_luck[:, :, None], b_octave)
             o_group += BG
+        if DRAWS or FAR:
+            b_rank = tl.maximum(b_rank, 1)
         if (i_t < sink) | (i_t + BT > tl.minimum(length - recent, end)):
             m_kept = (i_t + o_t < sink) | (i_t + o_t >= length - recent)
             b_rank = tl.where(m_kept[:, :, None], 0, b_rank)

@@ -162,6 +162,7 @@ def make_case(
     v_pool[unused] = float("nan")
     qkv = randn(B + padded, (group * H + 2 * H) * D).to(dtype)
     q = qkv[:, : group * H * D].unflatten(-1, (group * H, D))
+    q[:, :group] = q[:, :1]  # the first group's queries agree in all bits (`reference.nearness`)
     k = qkv[:, group * H * D : (group + 1) * H * D].unflatten(-1, (H, D))
     v = qkv[:, (group + 1) * H * D :].unflatten(-1, (H, D))
     last = torch.stack([request[-1] for request in slots])
@@ -265,7 +266,7 @@ def expected_ranks(case: Case, codes: Tensor) -> list[Tensor]:
         distances = reference.distances(planes, codes[request])
         if sizes is not None:
             distances = reference.stretch(distances, total, reference.relative_sizes(sizes[request]))
-        ranks = reference.rank(distances, case.sink, case.recent, bins)
+        ranks = reference.rank(distances, case.sink, case.recent, bins, reference.nearness(total, bins))
         drawn.append(reference.draw(ranks, expected_luck(case, len(request)), octave))
     return drawn
 

@@ -28,6 +28,7 @@ from hata_kernels.reference import (
     integer_rows,
     luck,
     magnitudes,
+    nearness,
     octaves,
     pack_bits,
     popcount,
@@ -254,6 +255,23 @@ def test_stretched_distances_are_as_far_from_half_as_the_key_is_large(keys: list
     found = stretch(distance.unsqueeze(0), torch.tensor([total]), relative.unsqueeze(1)).squeeze(0).tolist()
     half = Fraction(total, 2)
     assert found == [max(math.floor(half + (d - half) * Fraction(n, 64) + Fraction(1, 2)), 0) for d, n in keys]
+
+
+@pytest.mark.parametrize("group", [5, 7, 8, 16])
+@pytest.mark.parametrize("scoring", [HAMMING, ONE_SIDED])
+def test_queries_that_agree_still_tell_keys_apart(group: int, scoring: str) -> None:
+    """As where queries have biases: all weights of a group are then as large as they can be, or nearly."""
+    generator = torch.Generator().manual_seed(group)
+    projection = torch.randint(-128, 128, (1, 64, 128), generator=generator, dtype=torch.int8)
+    q = torch.randn(1, 1, 64, generator=generator) + 0.01 * torch.randn(1, group, 64, generator=generator)
+    weights = query_weights(q, projection, scoring)[0]
+    codes = torch.randint(-(2**31), 2**31, (5000, 1, 4), generator=generator).to(torch.int32)
+    distance = distances(query_planes(weights, magnitudes(group, scoring)), codes)
+    bins = bins_of(group, 128, scoring)
+    ranks = rank(distance, 0, 1, bins, nearness(weights.abs().sum(-1), bins))[0, :-1]
+    best = distance[0, :-1].argsort()[:100]
+    assert len(ranks[best].unique()) >= 0.9 * len(distance[0, best].unique()) > 5
+    assert (ranks == bins - 2).float().mean() < 0.15
 
 
 @given(

@@ -17,6 +17,7 @@ from hata_kernels.reference import (
     hash_sizes,
     luck,
     magnitudes,
+    nearness,
     octaves,
     query_planes,
     query_weights,
@@ -159,7 +160,7 @@ def test_the_oracle_accepts_right_selections_and_no_other(
     distance = distances(query_planes(weights, magnitudes(3, scoring))[0], codes[slots])
     if sizes is not None:
         distance = stretch(distance, weights[0].abs().sum(-1), relative_sizes(sizes[slots]))
-    ranks = rank(distance, sink, recent, bins)
+    ranks = rank(distance, sink, recent, bins, nearness(weights[0].abs().sum(-1), bins))
     if layer is not None and k < L:
         ranks = draw(ranks, luck(L, layer), octaves(weights)[0])
     positions = select_positions(ranks, k)

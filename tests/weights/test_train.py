@@ -149,9 +149,9 @@ def test_choices_are_those_of_the_specification(scoring: str) -> None:
         rows = queries[:, :, m].reshape(1, H * G, D)
         weights = reference.query_weights(rows, projection[reference.QUERIES], scoring)[0]
         planes = reference.query_planes(weights, reference.magnitudes(G, scoring))
-        ranks = reference.rank(
-            reference.distances(planes, key_codes[:length]), 4, 16, reference.bins_of(G, 128, scoring)
-        )
+        bins = reference.bins_of(G, 128, scoring)
+        nearest = reference.nearness(weights.abs().sum(-1), bins)
+        ranks = reference.rank(reference.distances(planes, key_codes[:length]), 4, 16, bins, nearest)
         selected = reference.select_positions(ranks, k)
         assert torch.equal(order[:, m, :k].sort(-1).values, selected)
         torch.testing.assert_close(mass[:, -1, m], attention[:, m].gather(-1, selected).sum(-1))
@@ -250,4 +250,5 @@ def test_codes_are_scored_exactly(scoring: str) -> None:
         rows = queries[:, :, m].reshape(1, H * G, D)
         weights = reference.query_weights(rows, projection[reference.QUERIES], scoring)[0]
         distance = reference.distances(reference.query_planes(weights, reference.magnitudes(G, scoring)), words)
-        assert torch.equal(-scores[:, m].to(torch.int32), (distance + 1).clamp(max=bins - 2))
+        nearest = reference.nearness(weights.abs().sum(-1), bins).unsqueeze(1)
+        assert torch.equal(-scores[:, m].to(torch.int32), ((distance - nearest).clamp(min=0) + 1).clamp(max=bins - 2))

@@ -137,7 +137,8 @@ def codes(sample: Sample, projection: Tensor, scoring: str, sized: bool = False)
         if relative is not None:  # `reference.stretch`
             parts = reference.SIZE_PARTS
             distance = ((total * parts - agreement * relative + parts) / (2 * parts)).floor().clamp(min=0)
-        return -(distance + 1).clamp(max=bins - 2)
+        nearest = reference.nearness(total.to(torch.int32), bins)  # `reference.rank`
+        return -((distance - nearest).clamp(min=0) + 1).clamp(max=bins - 2)
 
     return score
 
