@@ -205,8 +205,9 @@ def test_every_token_is_counted_once(name: str) -> None:
     codes = expected_codes(case)
     plan_step(case.seq_lens, case.req_rows, workspace, case.budget)
     pools = case.k_pool, case.v_pool, case.code_cache
-    hash_decode_step(case.q, case.k, case.v, case.projection, *pools, case.loc, workspace)
-    options = {"sink": case.sink, "recent": case.recent, "layer": case.layer}
+    sizes = {"size_cache": case.size_cache}
+    hash_decode_step(case.q, case.k, case.v, case.projection, *pools, case.loc, workspace, **sizes)
+    options = {"sink": case.sink, "recent": case.recent, "layer": case.layer, **sizes}
     score_and_count(case.code_cache, case.slot_table, workspace, len(case.q), **options)
     for b, ranks in enumerate(expected_ranks(case, codes)):
         for h, row in enumerate(ranks):
