@@ -13,7 +13,7 @@ What all keys of a head have in common, and all queries, moves many times more s
 models with biases it is up to a hundred times as long as the differences that tell keys apart, and a single step in its
 direction would turn a bit to the same side for every key.
 
-Nothing more is learned. On SmolLM2 the keys' norms beside the codes, or a bias for each bit, would add less than half a
+Nothing more is learned. On SmolLM2 the keys' sizes beside the codes, or a bias for each bit, would add less than half a
 point each: see weights/README.md.
 """
 
