@@ -35,6 +35,9 @@ from hata_kernels.workspace import FEW_REQUESTS, PIECE, DecodeWorkspace
 
 # Consecutive tokens that a thread scores at a time: their ranks, a byte each, are one word, and so is their luck.
 TOKENS = LUCK_TOKENS
+# Registers of a thread that scores codes of 128 bits with sizes. It would take 134, and of the two programs that a
+# multiprocessor is to have only one would find room. (Other codes do not fit into so few.)
+SIZED_REGISTERS = 128
 # Words between the counts of two heads beyond their own: equal ranks of neighbouring heads lie in different banks.
 SKEW = 4
 # Triton has no shared memory that a program can index. These four lines of PTX are such an array: its address, and
@@ -438,4 +441,5 @@ def score_and_count(
         PDL=overlaps_launches(device),
         launch_pdl=overlaps_launches(device),
         num_warps=shares.warps,
+        maxnreg=SIZED_REGISTERS if size_cache is not None and W == 4 else None,
     )

@@ -29,6 +29,8 @@ MULTIPROCESSORS = 132  # of an H100 or H200
 # Bytes of shared memory that a Hopper multiprocessor has for programs, and that a launch gets unasked.
 SHARED, UNASKED = 227 * 1024, 48 * 1024
 FEW, MORE = 1, 8
+# Of a multiprocessor, and of the score kernel's programs there: one of 16 warps, or two of 8.
+REGISTERS, SCORE_THREADS = 65_536, 512
 
 
 class Form(NamedTuple):
@@ -200,6 +202,8 @@ def test_every_form_compiles_within_a_threads_registers(name: str, batch: int, t
     for what, kernel in step(FORMS[name], batch).items():
         used = kernel.usage(tmp_path)
         assert used["STACK"] <= most, f"{what} puts {used['STACK']} bytes a thread into memory: {used}"
+        if what == "score" and FORMS[name].bits == 128:
+            assert used["REG"] * SCORE_THREADS <= REGISTERS, f"a multiprocessor has no room for all programs: {used}"
 
 
 @pytest.mark.parametrize("capability", [80, 89, 100, 120])
