@@ -44,11 +44,11 @@ def wrong_selections(
         for head, chosen in enumerate(positions.cpu().numpy()):
             differs = keys[:, head] != (preferred[head] > 0)
             distance = (differs * np.abs(preferred[head])).sum(axis=1)
+            all_weights = int(np.abs(preferred[head]).sum())
             if sizes is not None:
                 size = sizes[request_slots, head].cpu().numpy().astype(np.int64)
-                all_weights = np.abs(preferred[head]).sum()
                 distance = (64 * all_weights + (2 * distance - all_weights) * _relative(size) + 64) // 128
-            nearest = max(int(np.abs(preferred[head]).sum()) // 2 - 3 * (farthest + 3) // 4, 0)
+            nearest = max(all_weights // 2 - 3 * (farthest + 3) // 4, 0)
             distance = (distance - nearest).clip(0, farthest)
             if layer is not None and k < length:
                 sixteenths = max(16, int(np.sqrt(np.square(preferred[head], dtype=np.int64).sum()) * 16 / 5 + 0.5))

@@ -140,6 +140,12 @@ class Budget:
         return kept if kept < max_context else 0
 
 
+def row_exponents(x: Tensor) -> Tensor:
+    """Float32's biased exponent of the largest magnitude of a row, in the range that rows are scaled in: [..., 1]."""
+    largest = x.to(torch.float32).abs().amax(dim=-1, keepdim=True)
+    return (largest.view(torch.int32) >> 23).clamp(MIN_BIASED_EXPONENT, MAX_BIASED_EXPONENT)
+
+
 def integer_rows(x: Tensor, exponent: int = ROW_EXPONENT) -> Tensor:
     """Each row of ``x`` as integers, the largest at least 2^exponent and below twice that: int32, the shape of ``x``.
 
@@ -147,11 +153,15 @@ def integer_rows(x: Tensor, exponent: int = ROW_EXPONENT) -> Tensor:
     stays below 2^31. So the projection of a row is one integer, whatever the device, the kernel, the batch
     or the order of summation, and a code computed twice is the same code.
     """
-    x = x.to(torch.float32)
-    largest = x.abs().amax(dim=-1, keepdim=True)
-    biased = (largest.view(torch.int32) >> 23).clamp(MIN_BIASED_EXPONENT, MAX_BIASED_EXPONENT)
-    scale = ((2 * 127 + exponent - biased) << 23).view(torch.float32)
-    return torch.round(x * scale).to(torch.int32)
+    scale = ((2 * 127 + exponent - row_exponents(x)) << 23).view(torch.float32)
+    return torch.round(x.to(torch.float32) * scale).to(torch.int32)
+
+
+def project(x: Tensor, projection: Tensor) -> Tensor:
+    """Integer rows [N, heads, D] times their KV head's projection [H, D, bits]: [N, H, heads / H, bits] float64."""
+    # Integers below 2^53 in float64: as exact as int64, and a matrix product that every CPU has.
+    rows = integer_rows(x).to(torch.float64).unflatten(1, (len(projection), -1))
+    return torch.einsum("nhgd,hdb->nhgb", rows, projection.to(torch.float64))
 
 
 def hash_codes(x: Tensor, projection: Tensor) -> Tensor:
@@ -166,12 +176,7 @@ def hash_codes(x: Tensor, projection: Tensor) -> Tensor:
         [N, heads, bits / 32] int32. Bit j of a code is bit j % 32 of word j // 32, set where the projection
         onto column j is greater than zero.
     """
-    N, heads, D = x.shape
-    H, _, bits = projection.shape
-    # Integers below 2^53 in float64: as exact as int64, and a matrix product that every CPU has.
-    rows = integer_rows(x).to(torch.float64).view(N, H, heads // H, D)
-    projected = torch.einsum("nhgd,hdb->nhgb", rows, projection.to(torch.float64))
-    return pack_bits(projected > 0).view(N, heads, bits // WORD_BITS)
+    return pack_bits(project(x, projection) > 0).flatten(1, 2)
 
 
 def hash_sizes(x: Tensor, projection: Tensor) -> Tensor:
@@ -188,12 +193,10 @@ def hash_sizes(x: Tensor, projection: Tensor) -> Tensor:
         [N, H] int16: the bits of a positive bfloat16, rounded down, in a unit that is the same for all keys. Keys below
         2^-95 have size 0.
     """
-    x = x.to(torch.float32)
-    projected = torch.einsum("nhd,hdb->nhb", integer_rows(x).to(torch.float64), projection.to(torch.float64))
+    magnitude = project(x, projection).squeeze(2).abs().to(torch.int64)
     # 2^8 less than the projections, so that the sum of 256 is an int32, which rounds to one float32 everywhere.
-    total = (projected.abs().to(torch.int64) >> 8).sum(-1).clamp(min=1).to(torch.int32)
-    biased = (x.abs().amax(dim=-1).view(torch.int32) >> 23).clamp(MIN_BIASED_EXPONENT, MAX_BIASED_EXPONENT)
-    bits = total.to(torch.float32).view(torch.int32) + ((biased - SIZE_EXPONENT) << 23)
+    total = (magnitude >> 8).sum(-1).clamp(min=1).to(torch.int32)
+    bits = total.to(torch.float32).view(torch.int32) + ((row_exponents(x).squeeze(-1) - SIZE_EXPONENT) << 23)
     return (bits.clamp(min=0) >> 16).to(torch.int16)
 
 

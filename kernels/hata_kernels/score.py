@@ -161,6 +161,16 @@ def words_of(b_x, HB: tl.constexpr, WV: tl.constexpr):
 
 
 @triton.jit
+def over_code(b_x, HB: tl.constexpr, WV: tl.constexpr):
+    """[.., W / WV, WV HB] -> [.., HB], sums over the words of a code."""
+    b_words = words_of(b_x, HB, WV)
+    b_sum = b_words[0]
+    for i_w in tl.static_range(1, WV):
+        b_sum += b_words[i_w]
+    return tl.sum(b_sum, axis=2)
+
+
+@triton.jit
 def bitwise(b_x, b_y, b_z, PTX: tl.constexpr):
     """Any function of three bits, of all bits of three words, in one instruction."""
     return tl.inline_asm_elementwise(PTX, "=r,r,r,r", [b_x, b_y, b_z], dtype=tl.int32, is_pure=True, pack=1)
@@ -310,22 +320,14 @@ def score_kernel(
     for i_p in tl.static_range(P):
         b_planes += (tl.load(p_plane + (1 + i_p) * W, mask=m_c, other=0),)
     if DRAWS:
-        b_words = words_of(squares(b_planes, P), HB, WV)
-        b_squares = b_words[0]
-        for i_w in tl.static_range(1, WV):
-            b_squares += b_words[i_w]
-        b_octave = octave_of(tl.sum(b_squares, axis=2))
+        b_octave = octave_of(over_code(squares(b_planes, P), HB, WV))
     # Whether weights can come to so much that ranks do not begin at a distance of 0.
     FAR: tl.constexpr = 2 * ((1 << P) - 1) * (32 * W) > 3 * BINS
     if SIZED or FAR:
         b_bits = tl.zeros_like(b_sign)
         for i_p in tl.static_range(P):
             b_bits += popcount(b_planes[i_p]) << i_p
-        b_words = words_of(b_bits, HB, WV)
-        b_bits = b_words[0]
-        for i_w in tl.static_range(1, WV):
-            b_bits += b_words[i_w]
-        b_weight = tl.sum(b_bits, axis=2)
+        b_weight = over_code(b_bits, HB, WV)
     b_first = 1
     if FAR:
         b_first = 1 - tl.maximum(b_weight // 2 - 3 * BINS // 4, 0)
