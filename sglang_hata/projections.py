@@ -20,8 +20,9 @@ logger = logging.getLogger(__name__)
 UNREAD = "its safetensors are not, or not all, on this disk at start, or are of no known layout"
 UNTRAINED = (
     "No trained hash weights of %d bits ship for %s%s: codes are untrained rotations. With 128 bits they kept 89 to "
-    "95 %% of the attention that exact q.k keeps at a budget of 1/64, trained ones 98 to 99 %%; over 32K tokens at 1/32 a model of "
-    "1.5B whose keys have biases answered 3.7 points worse than dense (trained: 0.2), and one of 0.5B 28.6 (0.5). "
+    "95 %% of the attention that exact q.k keeps at a budget of 1/64, trained ones 98 to 99 %%; over 32K tokens at "
+    "1/32 models whose keys have biases answered worse than dense, one of 1.5B by 3.7 points (trained: 0.2), one of "
+    "0.5B by 28.6 (0.5). "
     "To train yours: hata-weights train %s --text FILES --out DIR, then --hata-weights DIR."
 )
 LONGER = (
