@@ -300,8 +300,7 @@ class Layers:
             if (sizes := self.sizes[0]) is not None:
                 relative = reference.relative_sizes(sizes[slots, h : h + 1])
                 distance = reference.stretch(distance, total, relative)
-            nearest = reference.nearness(total, self.workspace.bins)
-            ranks = reference.rank(distance, SINK, RECENT, self.workspace.bins, nearest)
+            ranks = reference.rank(distance, SINK, RECENT, self.workspace.bins, total)
             drawn = reference.draw(ranks, lucky, octaves[h : h + 1])
             positions = reference.select_positions(drawn, case.kept)
             doubled = reference.doublings(drawn, lucky, octaves[h : h + 1], positions)

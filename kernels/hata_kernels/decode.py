@@ -66,7 +66,8 @@ def hata_decode_step(
     pools = k_pool, v_pool, code_cache
     hash_decode_step(q, k, v, projection, *pools, loc, workspace, size_cache=size_cache, store_kv=store_kv)
     batch = q.shape[0]
-    kept = {"sink": sink, "recent": recent}
-    score_and_count(code_cache, slot_table, workspace, batch, **kept, layer=layer, size_cache=size_cache)
+    score_and_count(
+        code_cache, slot_table, workspace, batch, sink=sink, recent=recent, layer=layer, size_cache=size_cache
+    )
     select_slots(slot_table, workspace, batch, layer)
     return attend(q, k_pool, v_pool, slot_table, workspace, scale, out, k_scale=k_scale, v_scale=v_scale)

@@ -353,23 +353,26 @@ def nearness(total: Tensor, bins: int) -> Tensor:
     return (total // 2 - 3 * bins // 4).clamp(min=0)
 
 
-def rank(distance: Tensor, sink: int, recent: int, bins: int, nearest: Tensor | None = None) -> Tensor:
+def rank(distance: Tensor, sink: int, recent: int, bins: int, total: Tensor | None = None) -> Tensor:
     """Ranks to select by: 0 for tokens that are always kept, 1 + distance for all others, at most bins - 2.
+
+    Distances are measured from their `nearness`, and none is below it.
 
     Rank bins - 1 is for no token.
 
     Args:
         distance: [H, L] int32.
-        nearest: [H] int32, of `nearness`: what distances are measured from, and none is below. 0 if None.
         sink: the first ``sink`` tokens are always kept.
         recent: so are the last ``recent``; at least 1, so that the current token always is.
         bins: `bins_of`.
+        total: [H] int32, summed magnitudes of the `query_weights`; None where distances are of another kind, which
+            are measured from 0.
     """
     L = distance.shape[-1]
     position = torch.arange(L, device=distance.device)
     kept = (position < sink) | (position >= L - max(recent, 1))
-    if nearest is not None:
-        distance = (distance - nearest.unsqueeze(1)).clamp(min=0)
+    if total is not None:
+        distance = (distance - nearness(total, bins).unsqueeze(1)).clamp(min=0)
     return torch.where(kept, 0, (distance + 1).clamp(max=bins - 2))
 
 
@@ -522,7 +525,7 @@ def hata_decode(
         distance = distances(q_planes, code_cache[request_slots])
         if size_cache is not None:
             distance = stretch(distance, total, relative_sizes(size_cache[request_slots]))
-        ranks = rank(distance, sink, recent, bins, nearness(total, bins))
+        ranks = rank(distance, sink, recent, bins, total)
         chance = luck(len(request_slots), layer, query.device) * (selection == SAMPLED and k < len(request_slots))
         drawn = draw(ranks, chance, q_octave)
         positions = select_positions(drawn, k)

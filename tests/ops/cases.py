@@ -266,7 +266,7 @@ def expected_ranks(case: Case, codes: Tensor) -> list[Tensor]:
         distances = reference.distances(planes, codes[request])
         if sizes is not None:
             distances = reference.stretch(distances, total, reference.relative_sizes(sizes[request]))
-        ranks = reference.rank(distances, case.sink, case.recent, bins, reference.nearness(total, bins))
+        ranks = reference.rank(distances, case.sink, case.recent, bins, total)
         drawn.append(reference.draw(ranks, expected_luck(case, len(request)), octave))
     return drawn
 

@@ -28,7 +28,6 @@ from hata_kernels.reference import (
     integer_rows,
     luck,
     magnitudes,
-    nearness,
     octaves,
     pack_bits,
     popcount,
@@ -268,7 +267,7 @@ def test_queries_that_agree_still_tell_keys_apart(group: int, scoring: str) -> N
     codes = torch.randint(-(2**31), 2**31, (5000, 1, 4), generator=generator).to(torch.int32)
     distance = distances(query_planes(weights, magnitudes(group, scoring)), codes)
     bins = bins_of(group, 128, scoring)
-    ranks = rank(distance, 0, 1, bins, nearness(weights.abs().sum(-1), bins))[0, :-1]
+    ranks = rank(distance, 0, 1, bins, weights.abs().sum(-1))[0, :-1]
     best = distance[0, :-1].argsort()[:100]
     assert len(ranks[best].unique()) >= 0.9 * len(distance[0, best].unique()) > 5
     assert (ranks == bins - 2).float().mean() < 0.15

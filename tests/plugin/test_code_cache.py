@@ -17,7 +17,6 @@ from hata_kernels.reference import (
     hash_sizes,
     luck,
     magnitudes,
-    nearness,
     octaves,
     query_planes,
     query_weights,
@@ -158,10 +157,11 @@ def test_the_oracle_accepts_right_selections_and_no_other(
     weights = query_weights(torch.randn(1, 6, 64, generator=generator), of_queries, scoring)
     slots = torch.randperm(60, generator=generator)[:L]
     bins = bins_of(3, 128, scoring)
+    total = weights[0].abs().sum(-1)
     distance = distances(query_planes(weights, magnitudes(3, scoring))[0], codes[slots])
     if sizes is not None:
-        distance = stretch(distance, weights[0].abs().sum(-1), relative_sizes(sizes[slots]))
-    ranks = rank(distance, sink, recent, bins, nearness(weights[0].abs().sum(-1), bins))
+        distance = stretch(distance, total, relative_sizes(sizes[slots]))
+    ranks = rank(distance, sink, recent, bins, total)
     if layer is not None and k < L:
         ranks = draw(ranks, luck(L, layer), octaves(weights)[0])
     positions = select_positions(ranks, k)

@@ -150,8 +150,8 @@ def test_choices_are_those_of_the_specification(scoring: str) -> None:
         weights = reference.query_weights(rows, projection[reference.QUERIES], scoring)[0]
         planes = reference.query_planes(weights, reference.magnitudes(G, scoring))
         bins = reference.bins_of(G, 128, scoring)
-        nearest = reference.nearness(weights.abs().sum(-1), bins)
-        ranks = reference.rank(reference.distances(planes, key_codes[:length]), 4, 16, bins, nearest)
+        distance = reference.distances(planes, key_codes[:length])
+        ranks = reference.rank(distance, 4, 16, bins, weights.abs().sum(-1))
         selected = reference.select_positions(ranks, k)
         assert torch.equal(order[:, m, :k].sort(-1).values, selected)
         torch.testing.assert_close(mass[:, -1, m], attention[:, m].gather(-1, selected).sum(-1))
